@@ -1,0 +1,42 @@
+# Two commands do everything on a fresh machine: `make tables` and `make test`.
+PRESET ?= laptop
+COHORT ?= phantom
+OUT ?= out
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+# Set TORCH_INDEX to PyTorch's CPU index (named on its install page) where pip's own index only has CUDA builds.
+TORCH_INDEX ?=
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: tables test bench readme site clean
+.DELETE_ON_ERROR:
+
+tables: $(VENV)/ready
+	@mkdir -p $(OUT)
+	@$(BIN)/papermill nbs/tables.ipynb $(OUT)/tables.ipynb --no-progress-bar -p preset $(PRESET) -p cohort $(COHORT) \
+	  -p out_dir $(OUT) $(if $(DATA_DIR),-p data_dir $(DATA_DIR)) $(if $(SEEDS),-p seeds $(SEEDS)) $(if $(DEVICE),-p device $(DEVICE))
+	@$(BIN)/jupyter nbconvert --log-level ERROR --to html $(OUT)/tables.ipynb
+	@echo "tables: $(OUT)/tables.html  $(OUT)/tables.ipynb  $(OUT)/tables/*.csv"
+	@cat $(OUT)/tables/headline.txt
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term --cov-fail-under=90
+
+bench: $(VENV)/ready
+	@for script in $(if $(ONLY),benchmarks/$(ONLY).py,$(filter-out benchmarks/harness.py,$(wildcard benchmarks/*.py))); do \
+	  $(BIN)/python $$script || exit 1; done
+
+readme: $(VENV)/ready
+	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --TagRemovePreprocessor.remove_cell_tags parameters nbs/index.ipynb --output-dir . --output README
+
+# torch first: any other request would bring another build of it.
+$(VENV)/ready: constraints.txt settings.ini setup.py
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "expected Python 3.11 or newer, got " + sys.version.split()[0] + ": set PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $$(grep '^torch==' constraints.txt)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(OUT)

@@ -1,0 +1,63 @@
+"""The shape of the project: which way imports go, what an import costs, where numbers may be written down."""
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "radrepro"
+MAY_IMPORT = {
+    "core": {"core"},
+    "data": {"core", "data"},
+    "metrics": {"core", "metrics"},
+    "dose": {"core", "dose"},
+    "train": {"core", "train"},
+    "kv2ct": {"core", "data", "metrics", "dose", "train", "kv2ct"},
+    "ct5d": {"core", "data", "metrics", "dose", "train", "ct5d"},
+    "report": {"core", "data", "metrics", "dose", "train", "kv2ct", "ct5d", "report"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+        elif isinstance(node, ast.Import):
+            names |= {a.name for a in node.names}
+    return names
+
+
+def test_imports_run_one_way():
+    for path in PACKAGE.rglob("*.py"):
+        layer = path.relative_to(PACKAGE).parts[0]
+        if layer not in MAY_IMPORT:
+            continue
+        for name in imported(path):
+            if name.startswith("radrepro."):
+                assert name.split(".")[1] in MAY_IMPORT[layer], f"{path.name} ({layer}) must not import {name}"
+
+
+def test_the_library_does_not_need_nbdev():
+    for path in PACKAGE.rglob("*.py"):
+        assert not {n.split(".")[0] for n in imported(path)} & {"nbdev", "fastcore", "execnb", "IPython"}, path
+
+
+def test_no_room_without_a_meaning():
+    vague = {"utils", "util", "helpers", "common", "misc"}
+    assert not [p for p in PACKAGE.rglob("*.py") if p.stem in vague]
+
+
+def test_slow_libraries_are_imported_where_used():
+    code = ("import sys, radrepro.kv2ct.model, radrepro.ct5d.cvae, radrepro.data.cohorts; "
+            "print([m for m in ('monai', 'diffusers', 'pyRadPlan', 'nanodrr', 'accelerate', 'distributed') if m in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_no_published_number_outside_the_manifests():
+    """The papers' means are easy to recognise; none may stand in code."""
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "nbs").rglob("*.ipynb")]:
+        text = path.read_text()
+        for number in ("44.58", "50.85", "0.02089", "0.00827", "0.01239", "21,812"):
+            assert number not in text, f"{path.name} holds the published number {number}: read it with read_claims"

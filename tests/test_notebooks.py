@@ -1,0 +1,49 @@
+"""Every lesson notebook runs from top to bottom, and radrepro/ is what the notebooks export."""
+import filecmp
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from nbdev.test import test_nb as run_notebook
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "nbs").rglob("[0-9]*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_runs(path):
+    succeeded, _ = run_notebook(path, verbose=False)
+    assert succeeded, f"{path.name} raised: run it with nbdev_test --path {path} to see where"
+
+
+def test_library_is_what_the_notebooks_export(tmp_path):
+    """Export a copy of the notebooks and compare file by file."""
+    import shutil
+
+    for name in ("nbs", "settings.ini", "pyproject.toml", "setup.py", "README.md"):
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+    subprocess.run([Path(sys.executable).parent / "nbdev_export"], cwd=tmp_path, check=True, capture_output=True)
+    exported = {p.relative_to(tmp_path): p for p in (tmp_path / "radrepro").rglob("*.py")}
+    here = {p.relative_to(ROOT) for p in (ROOT / "radrepro").rglob("*.py")}
+    assert set(exported) == here, "run nbdev_export and commit what it writes"
+    different = [str(k) for k, p in exported.items() if not filecmp.cmp(p, ROOT / k, shallow=False)]
+    assert not different, f"edit the notebook, not {different}; then nbdev_export"
+
+
+def test_papermill_parameters_survive_cleaning(tmp_path):
+    """nbdev_clean must keep the tag that papermill needs; without it papermill's values would be ignored silently."""
+    for name in ("tables",):
+        copy = tmp_path / f"{name}.ipynb"
+        copy.write_text((ROOT / "nbs" / f"{name}.ipynb").read_text())
+        (tmp_path / "settings.ini").write_text((ROOT / "settings.ini").read_text())
+        subprocess.run([Path(sys.executable).parent / "nbdev_clean", "--fname", copy], cwd=tmp_path, check=True, capture_output=True)
+        tags = [c["metadata"].get("tags", []) for c in json.loads(copy.read_text())["cells"]]
+        assert tags.count(["parameters"]) == 1
+
+
+def test_notebooks_stay_small():
+    large = [p.name for p in (ROOT / "nbs").rglob("*.ipynb") if p.stat().st_size > 200_000]
+    assert not large, f"expected notebooks under 200 kB, got {large}: shrink their pictures"

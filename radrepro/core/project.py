@@ -212,13 +212,13 @@ class Box:
     material: str = "water"
 
 
-COUCH = (  # aluminium attenuates much as bone does
+COUCH = (
     Box((-190, 150, -400), (190, 153, 400), 1.5),  # carbon-fibre plate under the patient
     Box((-150, 153, -400), (-140, 163, 400), 1.2),  # acrylic rails
     Box((140, 153, -400), (150, 163, 400), 1.2),
-    Box((-175, 138, 20), (-155, 150, 40), 2.7, "bone"),  # mask clips, aluminium
-    Box((155, 138, 20), (175, 150, 40), 2.7, "bone"),
-    Box((-10, 153, 110), (10, 165, 120), 2.7, "bone"),  # indexing pin, aluminium
+    Box((-175, 138, 20), (-155, 150, 40), 1.2),  # mask clips, plastic
+    Box((155, 138, 20), (175, 150, 40), 1.2),
+    Box((-4, 153, 110), (4, 165, 118), 2.7, "bone"),  # indexing pin; aluminium attenuates much as bone does
 )
 
 
@@ -226,9 +226,9 @@ COUCH = (  # aluminium attenuates much as bone does
 class KVPhysics:
     """What stands between line integrals and a kV image.
 
-    `weights`: share of the signal at ENERGIES_KEV (any sum). `photons_per_mm2`: open-field photons at the receptor; None
-    for a noise-free image. `scatter_fraction`: k, scatter per unit of P (-ln P), see `kv_pair`. `scatter_sigma_mm`: its
-    blur at the receptor. `couch`: blocks fixed in the room, () for none."""
+    `weights`: share of the signal at ENERGIES_KEV (any sum). `photons_per_mm2`: open-field photons at the receptor;
+    None for a noise-free image. `scatter_fraction`: k, scatter per unit of P (-ln P), see `kv_pair`.
+    `scatter_sigma_mm`: its blur at the receptor. `couch`: blocks fixed in the room, () for none."""
 
     weights: tuple[float, ...] = (0.08, 0.22, 0.27, 0.28, 0.15)
     photons_per_mm2: float | None = 1e5
@@ -269,7 +269,7 @@ def kv_pair(ct: xr.DataArray, geometry: KVGeometry, physics: KVPhysics = KVPhysi
             raise ValueError(f"expected metal on the grid of ct {ct.shape}, got another grid {metal.shape}: "
                              "resample it first")
         water, bone = water * (1 - metal.values), bone * (1 - metal.values)  # titanium takes the place of tissue
-        dense = np.maximum(dense, metal * METAL_G_CM3)
+        dense = like(np.maximum(dense.values, metal.values * METAL_G_CM3), ct, "g/cm3")
     area = {}  # g/cm2: g/cm3 mm / 10
     for name, density in (("water", water), ("bone", bone), ("metal", dense)):
         if density.any():
@@ -281,7 +281,8 @@ def kv_pair(ct: xr.DataArray, geometry: KVGeometry, physics: KVPhysics = KVPhysi
     for i, weight in enumerate(physics.weights):
         depth = sum(MASS_ATTENUATION_CM2_G[b][i] * a for b, a in area.items())
         primary += weight / sum(physics.weights) * np.exp(-depth)
-    lost = -primary * np.log(np.maximum(primary, 1e-12))
+    primary = np.maximum(primary, 1e-12)  # a finite logarithm behind thick metal
+    lost = -primary * np.log(primary)
     sigma_px = physics.scatter_sigma_mm / geometry.pixel_mm
     scatter = physics.scatter_fraction * ndimage.gaussian_filter(lost, (0, sigma_px, sigma_px), mode="nearest")
     signal = primary + scatter

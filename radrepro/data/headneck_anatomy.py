@@ -11,20 +11,14 @@ import xarray as xr
 from scipy import ndimage
 
 from ..core.volume import AXES, rigid, volume
-from .headneck_shapes import AIR_HU, Canvas, bar_distance, pull_back, ramp, random_smooth, smooth_union
-
-FAT_HU, METAL_HU = -95.0, 3071.0
+from .headneck_parts import AIRWAY, FAT_HU, HEAD_BONES, JAW, METAL_HU, SHOULDER_BONES, SITES, SKIN, SOFT, teeth, turned
+from .headneck_shapes import AIR_HU, Canvas, bar_distance, carried, pull_back, ramp, random_smooth, smooth_union
 
 # %% auto #0
-__all__ = ['FAT_HU', 'METAL_HU', 'SITES', 'KNOT_MM', 'REACH_MM', 'SKIN', 'SOFT', 'SHOULDER_BONES', 'HEAD_BONES', 'AIRWAY', 'JAW',
-           'JOINT', 'SPINE_Z', 'SPINE_Y', 'LEVEL_MM', 'Anatomy', 'Day', 'draw_anatomy', 'draw_day', 'day_field',
-           'teeth', 'turned', 'Drawing', 'render']
+__all__ = ['KNOTS_MM', 'KNOT_MM', 'STRUCTURES', 'SPINE_Z', 'SPINE_Y', 'LEVEL_MM', 'Anatomy', 'Day', 'draw_anatomy', 'draw_day',
+           'day_field', 'Drawing', 'render']
 
 # %% ../../nbs/data/11_headneck_anatomy.ipynb #381b9e3e
-SITES = {"base of tongue": (6, -22, -58), "left tonsil": (18, -20, -42), "nasopharynx": (3, -24, -2),
-         "larynx": (7, -22, -98), "left parotid": (56, 2, -28), "right tongue": (-14, -52, -44)}
-
-
 @dataclass(frozen=True)
 class Anatomy:
     """A patient's own constants, drawn by `draw_anatomy`; lengths in mm, frames (x, y, z)."""
@@ -84,13 +78,14 @@ def draw_day(seed: int, week: float, change_mm: float) -> Day:
                helmet_mm=tuple(1.0 * s * n[7:10]), helmet_deg=0.6 * s * n[10], wave_mm=change_mm, wave_seed=int(rng.integers(2**31)))
 
 # %% ../../nbs/data/11_headneck_anatomy.ipynb #f1f61d80
-KNOT_MM, REACH_MM = 12.0, 300.0
+KNOTS_MM = {"z": (-300.0, 225.0), "y": (-180.0, 180.0), "x": (-240.0, 240.0)}
+KNOT_MM = 15.0
 
 
 def day_field(day: Day) -> xr.DataArray:
-    """The day's pull-back field (vector z, y, x; z, y, x) in mm on knots 12 mm apart about the isocentre."""
-    c = np.arange(-REACH_MM, REACH_MM + 1, KNOT_MM)
-    p = np.stack(np.meshgrid(c, c, c, indexing="ij"))
+    """The day's pull-back field (vector z, y, x; z, y, x) in mm on knots 15 mm apart about the isocentre."""
+    knots = {a: np.arange(low, high + 1, KNOT_MM) for a, (low, high) in KNOTS_MM.items()}
+    p = np.stack(np.meshgrid(*knots.values(), indexing="ij"))
     z, y, x = p
     below, wings = ramp(z, -15, -120), ramp(np.abs(x), 45, 120) * ramp(z, -90, -150)
     flex, bend = np.deg2rad(day.flexion_deg) * below, np.deg2rad(day.bend_deg) * below
@@ -99,86 +94,22 @@ def day_field(day: Day) -> xr.DataArray:
     u[1] -= flex * (z + 15)
     u[2] += bend * (z + 15)
     return xr.DataArray(u.astype(np.float32), dims=("vector", *AXES), attrs={"units": "mm"},
-                        coords={"vector": list(AXES), **{a: c for a in AXES}})
+                        coords={"vector": list(AXES), **knots})
 
 # %% ../../nbs/data/11_headneck_anatomy.ipynb #878ebb9b
-SKIN = (  # smooth union of these is the skin; blend in mm
-    ((0, 0, 68), (0, 0, 68), (77, 97, 73), 1), ((0, -26, 0), (0, -30, -15), (61, 64, 64), 24),
-    ((0, -62, -58), (0, -62, -58), (34, 32, 30), 22), ((0, -96, 2), (0, -92, 26), (11, 16, 10), 8),
-    ((80, 14, 8), (80, 16, 24), (5, 13, 14), 6), ((-80, 14, 8), (-80, 16, 24), (5, 13, 14), 6),
-    ((0, 20, 0), (0, 38, -190), (60, 56, 60), 26),
-    ((60, 42, -212), (120, 40, -218), (85, 62, 62), 34), ((-60, 42, -212), (-120, 40, -218), (85, 62, 62), 34),
-    ((0, 40, -300), (0, 40, -300), (205, 100, 150), 30))
-
-SOFT = (
-    ("sternocleidomastoid fat", -60, (60, 26, -12), (16, -12, -165), (15, 12, 13)),
-    ("sternocleidomastoid", 58, (60, 26, -12), (16, -12, -165), (12, 9, 11)),
-    ("nuchal fat", -80, (24, 66, -50), (30, 70, -140), (27, 11, 22)),
-    ("splenius", 55, (22, 58, -30), (30, 62, -160), (19, 9, 20)),
-    ("masseter", 60, (56, -28, 2), (54, -30, -50), (6, 15, 12)),
-    ("pterygoid", 58, (36, -18, 0), (42, -18, -40), (7, 12, 8)),
-    ("cheek fat", -95, (44, -58, -8), (40, -62, -26), (9, 10, 12)),
-    ("submandibular", 40, (34, -34, -68), (34, -34, -68), (8, 14, 8)),
-    ("carotid", 70, (26, 2, -150), (30, -2, -30), (3.5, 3.5, 3.5)),
-    ("jugular", 60, (34, 6, -150), (38, 8, -20), (5.5, 5, 5)),
-    ("thyroid", 125, (19, -10, -122), (19, -12, -108), (8, 9, 9)),
-    ("lung", -820, (62, 38, -240), (66, 38, -250), (46, 48, 58)))
-
-SHOULDER_BONES = (
-    ("clavicle", 750, (14, -26, -172), (70, -24, -160), (6, 6, 6)), ("clavicle", 750, (70, -24, -160), (150, 12, -156), (6, 6, 6)),
-    ("humeral head", 900, (165, 34, -190), (172, 36, -240), (22, 22, 22)), ("marrow", 250, (165, 34, -190), (172, 36, -240), (17, 17, 17)),
-    ("scapula", 600, (140, 62, -178), (80, 86, -260), (9, 4, 16)),
-    ("first rib", 550, (22, 52, -172), (62, 30, -182), (5, 5, 5)), ("first rib", 550, (62, 30, -182), (24, -22, -204), (5, 5, 5)),
-    ("second rib", 550, (24, 66, -190), (92, 48, -212), (5, 5, 5)), ("second rib", 550, (92, 48, -212), (50, -30, -244), (5, 5, 5)))
-
-HEAD_BONES = (
-    ("petrous", 1250, (26, 8, 8), (58, 24, 12), (10, 10, 10)), ("mastoid", 750, (60, 28, -10), (62, 28, 8), (11, 13, 11)),
-    ("mastoid cells", -250, (60, 28, -6), (62, 28, 8), (7, 9, 7)), ("ear canal", AIR_HU, (48, 12, 8), (86, 12, 10), (3.5, 3.5, 3.5)),
-    ("sphenoid", 600, (0, -18, 16), (0, 4, 0), (19, 13, 12)), ("orbital wall", 750, (30, -64, 31), (22, -40, 30), (21, 20, 19)),
-    ("orbital fat", -90, (30, -70, 31), (22, -40, 30), (18, 19, 16)), ("eye", 18, (31, -78, 31), (31, -78, 31), (12, 12, 12)),
-    ("optic nerve", 35, (29, -66, 30), (18, -36, 26), (2.5, 2.5, 2.5)), ("zygoma", 900, (46, -70, 8), (67, -6, 10), (4.5, 5, 6)),
-    ("cheek bone", 850, (38, -76, 4), (48, -66, 10), (9, 6, 9)), ("maxilla", 700, (26, -60, 2), (24, -60, -14), (17, 22, 17)),
-    ("alveolus", 600, (0, -76, -24), (0, -60, -24), (27, 18, 8)),
-    ("palate", 750, (0, -78, -17), (0, -40, -17), (22, 8, 3)), ("nasal bone", 850, (0, -98, 28), (0, -104, 14), (5, 4, 4)),
-    ("nasal cavity", AIR_HU, (0, -84, 2), (0, -34, 4), (12, 10, 17)), ("nasal opening", AIR_HU, (5, -100, -4), (6, -88, -2), (4, 6, 4)),
-    ("turbinate", 40, (8, -78, -4), (8, -48, -4), (3, 8, 7)), ("turbinate", 40, (7, -76, 12), (7, -50, 12), (2.5, 7, 4)),
-    ("ethmoid", -450, (0, -76, 32), (0, -46, 30), (11, 9, 9)), ("septum", 150, (0, -88, 6), (0, -46, 12), (1.2, 9, 15)))
-
-AIRWAY = (((0, -32, 2), (0, -22, -10), (11, 7, 9)), ((0, -18, -12), (0, -14, -56), (10, 5, 8)), ((0, -14, -56), (0, -22, -88), (11, 5, 8)),
-          ((0, -24, -88), (0, -24, -112), (5, 8, 6)), ((0, -22, -112), (0, 0, -178), (8.5, 8, 8)), ((0, 0, -178), (0, 24, -290), (8.5, 8, 8)))
-
-JAW = (  # of the left side; turned about the joint
-    ("mandible", 1250, (0, -86, -64), (22, -80, -63), (8, 6.5, 14)), ("mandible", 1250, (22, -80, -63), (44, -42, -58), (6, 6.5, 13)),
-    ("mandible", 1250, (44, -42, -58), (50, -24, -46), (5.5, 11, 12)), ("mandible", 1250, (50, -20, -46), (50, -12, -4), (4.5, 12, 8)),
-    ("condyle", 1100, (50, -6, -4), (50, -4, 6), (8, 5, 6)),
-    ("mandible marrow", 350, (0, -86, -64), (22, -80, -63), (5, 3.4, 10.5)), ("mandible marrow", 350, (22, -80, -63), (44, -42, -58), (3, 3.5, 9.5)),
-    ("mandible marrow", 350, (44, -42, -58), (50, -20, -36), (2.4, 8, 8)))
-JOINT = (0.0, -5.0, 4.0)
+STRUCTURES = ("body", "helmet", "ctv", "brainstem", "parotid_left", "parotid_right", "oral_cavity", "mandible")
 
 
-def teeth() -> list[tuple[float, float, float]]:
-    """The 28 crowns' centres (x, y, z) in mm: upper arch right to left, then the lower arch."""
-    angle = np.deg2rad(np.linspace(-78, 78, 14))
-    arch = [(27 * np.sin(a), -46 - 40 * np.cos(a)) for a in angle]
-    return [(x, y, -34.0) for x, y in arch] + [(0.95 * x, y + 2, -48.0) for x, y in arch]
-
-
-def turned(p, angle_deg: float, pivot=JOINT) -> tuple[float, float, float]:
-    """Point (x, y, z) turned about the x axis through `pivot`; a positive angle opens the jaw (the chin goes down and back)."""
-    a, (dx, dy, dz) = np.deg2rad(angle_deg), np.subtract(p, pivot)
-    return (p[0], pivot[1] + dy * np.cos(a) - dz * np.sin(a), pivot[2] + dz * np.cos(a) + dy * np.sin(a))
-
-# %% ../../nbs/data/11_headneck_anatomy.ipynb #a1b28e0d
 class Drawing(NamedTuple):
     """What `render` returns: the noise-free CT in HU and its structures, bool Volumes by name, on the same grid."""
     ct: xr.DataArray
     structures: dict[str, xr.DataArray]
 
 
-def _body(c: Canvas, who: Anatomy, day: Day) -> None:
-    d = np.full(c.hu.shape, 200, np.float32)
+def _body(c: Canvas, who: Anatomy, day: Day) -> np.ndarray:
+    d = np.full(c.hu.shape, 200, np.float32)  # signed distance to the skin
     for i, (a, b, radii, blend) in enumerate(SKIN):
-        girth = who.neck if i == 6 else 1.0
+        girth = who.neck if i == 7 else 1.0
         box, part = c.distance(a, b, np.multiply(radii, (girth, girth, 1)), reach_mm=40)
         if box is not None:
             d[box] = smooth_union(d[box], part, blend)
@@ -188,6 +119,7 @@ def _body(c: Canvas, who: Anatomy, day: Day) -> None:
     c.paint(everywhere, d + loss, 20)  # skin
     c.paint(everywhere, d + loss + 2, FAT_HU)
     c.paint(everywhere, d + 2 + who.fat_mm * (0.45 + 0.55 * ramp(c.z, 60, -10)), 45)  # muscle
+    return d + loss > c.edge_mm / 2  # all that is wholly outside of the skin
 
 
 def _skull(c: Canvas, who: Anatomy) -> None:
@@ -197,14 +129,15 @@ def _skull(c: Canvas, who: Anatomy) -> None:
     x, y, z = c.x[box], c.y[box], c.z[box]
     d = smooth_union(bar_distance(x, y, z, (0, 0, 68), (0, 0, 68), (71, 91, 67)),
                      bar_distance(x, y, z, (0, 44, 24), (0, 44, 24), (58, 45, 38)), 14)
-    d = np.maximum(d, (14 - 0.38 * y - z) / 1.07)  # the skull base rises to the front
+    base, clivus = (20 - 0.25 * y - z) / 1.03, (8 - 0.3 * z - y) / 1.05
+    d = np.maximum(d, np.minimum(base, clivus))  # nothing below the base in front of the clivus
     for depth_mm, hu in ((0, 1150), (1.8, 600), (4.6, 1150), (6.5, 10), (9, 38), (14, 30)):  # tables, diploe, CSF, brain
         c.paint(box, d + depth_mm, hu)
     v = who.ventricles
     c.bar(8, (8, -22, 78), (13, 18, 72), (5 * v, 12 * v, 6 * v))
     c.bar(8, (13, 18, 72), (26, 26, 56), (5 * v, 7 * v, 5 * v))
     c.bar(220, (0, 20, 52), (0, 20, 52), (3, 3, 3))  # pineal calcification
-    c.bar(34, (0, 10, 36), (0, 20, -14), (13, 11, 12), name="brainstem")
+    c.bar(34, (0, 16, 36), (0, 31, -14), (13, 10, 12), name="brainstem")
 
 
 SPINE_Z, SPINE_Y = (-300.0, -215.0, -150.0, -85.0, -20.0), (86.0, 56.0, 26.0, 10.0, 16.0)
@@ -260,7 +193,6 @@ def _mouth(c: Canvas, who: Anatomy, day: Day) -> None:
     c.mark("oral_cavity", *c.distance((0, -66, -38), (0, -38, -40), (25, 16, 15)))
     c.bar(55, turned((0, -64, -41), open_deg / 2), turned((0, -30, -50), open_deg / 2), (23, 15, 14))
     c.bar(AIR_HU, (0, -74, -25), (0, -46, -24), (19, 8, 2.2 + max(0.5 * open_deg, -1)))
-    c.masks.setdefault("mandible", np.zeros(c.hu.shape, bool))
     for part, hu, a, b, radii in JAW:
         c.bar(hu, turned(a, open_deg), turned(b, open_deg), radii, name="mandible")
     for i, p in enumerate(teeth()):
@@ -268,7 +200,7 @@ def _mouth(c: Canvas, who: Anatomy, day: Day) -> None:
         metal = i in who.metal_teeth
         c.bar(METAL_HU if metal else 1900, p, p, (5, 5, 4.5) if metal else (3.6, 3.6, 7.5), mirror=False)
 
-# %% ../../nbs/data/11_headneck_anatomy.ipynb #10171d5e
+# %% ../../nbs/data/11_headneck_anatomy.ipynb #2696d932
 def _helmet(c: Canvas, who: Anatomy) -> None:
     inner, t = np.array((80.0, 100.0, 76.0)), who.helmet_mm
     box, outside = c.distance((0, 4, 68), (0, 4, -40), inner + t)
@@ -309,20 +241,16 @@ def render(who: Anatomy, day: Day, grid, *, pose: np.ndarray | None = None) -> D
                    {n: volume(np.concatenate([s.masks[n] for s in slabs]), **where, units="1") for n in slabs[0].masks})
 
 
-def _carried(m: np.ndarray, x, y, z):
-    m = m.astype(np.float32)
-    return tuple(r[0] * x + r[1] * y + r[2] * z + r[3] for r in m[:3])
-
-
 def _slab(who: Anatomy, day: Day, z, y, x, step, knots, back, hat_back) -> Canvas:
-    p = _carried(back, x[None, None, :], y[None, :, None], z[:, None, None])
+    p = carried(back, x[None, None, :], y[None, :, None], z[:, None, None])
     scale = np.float32(who.scale)
-    hat = Canvas(*(q / s for q, s in zip(_carried(hat_back, *p), scale)), edge_mm=step)
-    hat.masks["helmet"] = np.zeros(hat.hu.shape, bool)
+    hat = Canvas(*(q / s for q, s in zip(carried(hat_back, *p), scale)), edge_mm=step)
+    hat.masks.update({n: np.zeros(hat.hu.shape, bool) for n in STRUCTURES})
     _helmet(hat, who)
     c = Canvas(*(q / s for q, s in zip(pull_back(*p, knots), scale)), edge_mm=step)
     c.hu, c.masks = hat.hu, hat.masks
-    _body(c, who, day)
+    around = c.hu.copy()
+    outside = _body(c, who, day)
     for name, hu, a, b, radii in SOFT + SHOULDER_BONES:
         c.bar(hu, a, b, radii)
     for side, name in ((1, "parotid_left"), (-1, "parotid_right")):
@@ -334,8 +262,8 @@ def _slab(who: Anatomy, day: Day, z, y, x, step, knots, back, hat_back) -> Canva
     _sinuses(c, who, day)
     _mouth(c, who, day)
     c.bar(600, (0, -46, -74), (20, -24, -72), (3, 3, 3))  # hyoid
-    c.bar(210, (0, -26, -92), (0, -26, -112), (13, 14, 7))  # larynx cartilage, then its inside
-    c.bar(50, (0, -25, -92), (0, -25, -112), (10.5, 11.5, 9))
+    c.bar(210, (0, -21, -92), (0, -21, -112), (13, 14, 7))  # larynx cartilage, then its inside
+    c.bar(50, (0, -20, -92), (0, -20, -112), (10.5, 11.5, 9))
     for i, (a, b, radii) in enumerate(AIRWAY):
         c.bar(AIR_HU, a, b, np.add(radii, day.airway_mm if i < 3 else 0))
     site, t = SITES[who.site], who.tumour_mm
@@ -343,6 +271,7 @@ def _slab(who: Anatomy, day: Day, z, y, x, step, knots, back, hat_back) -> Canva
     c.mark("ctv", *c.distance(site, site, np.full(3, t + 6)))
     side = 1 if site[0] >= 0 else -1
     c.mark("ctv", *c.distance((30 * side, 4, -45), (31 * side, 2, -95), (10, 12, 10)))  # the nodes of that side
+    c.hu[outside] = around[outside]  # no part sticks out of the skin
     c.masks["ctv"] &= c.masks["body"]
     c.masks["helmet"] &= ~c.masks["body"]
     _texture(c, who.seed)

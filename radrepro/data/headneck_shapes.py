@@ -14,7 +14,7 @@ from ..core.volume import AXES, spacing_mm
 AIR_HU = -1000.0
 
 # %% auto #0
-__all__ = ['AIR_HU', 'bar_distance', 'smooth_union', 'random_smooth', 'ramp', 'pull_back', 'Canvas']
+__all__ = ['AIR_HU', 'bar_distance', 'smooth_union', 'random_smooth', 'ramp', 'carried', 'pull_back', 'Canvas']
 
 # %% ../../nbs/data/11_headneck_shapes.ipynb #80572566
 def bar_distance(x, y, z, a, b, radii) -> np.ndarray:
@@ -41,17 +41,22 @@ def smooth_union(d1, d2, blend_mm: float) -> np.ndarray:
 def random_smooth(points: np.ndarray, sd_mm: float, length_mm: float, seed: int, waves: int = 48) -> np.ndarray:
     """A Gaussian random field (3, ...) of sd `sd_mm` and length `length_mm` at `points` (3, ...) in mm, by seed."""
     rng = np.random.default_rng([seed, 13])
-    k = rng.standard_normal((waves, 3)) / length_mm
-    phase = rng.uniform(0, 2 * np.pi, (3, waves, 1))
-    angle = k @ points.reshape(3, -1)
-    out = np.stack([np.cos(angle + p).sum(0) for p in phase]) * (sd_mm * np.sqrt(2 / waves))
-    return out.reshape(points.shape)
+    k = rng.standard_normal((waves, 3)).astype(np.float32) / length_mm
+    phase = rng.uniform(0, 2 * np.pi, (3, waves)).astype(np.float32)
+    angle = k @ points.reshape(3, -1).astype(np.float32)
+    out = np.cos(phase) @ np.cos(angle) - np.sin(phase) @ np.sin(angle)  # sums of cos(angle + phase)
+    return (out * (sd_mm * np.sqrt(2 / waves))).reshape(points.shape)
 
 
 def ramp(v, start: float, stop: float) -> np.ndarray:
     """0 up to `start`, 1 from `stop` on, smooth between; falling where stop < start."""
     t = np.clip((v - start) / (stop - start), 0, 1)
     return t * t * (3 - 2 * t)
+
+
+def carried(matrix: np.ndarray, x, y, z) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Points (x, y, z) in mm carried by a rigid 4 x 4 matrix."""
+    return tuple(r[0] * x + r[1] * y + r[2] * z + r[3] for r in np.asarray(matrix, np.float32)[:3])
 
 
 def pull_back(x, y, z, knots: xr.DataArray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -169,7 +169,6 @@ class HierarchicalViT(nn.Module):
         (z, y, x), dim = c.out_shape, c.decoder_dims[-1]
         self.block = (ceil(z / min(z, plane[0])), y, ceil(x / min(x, plane[1])))
         self.blocks = (ceil(z / self.block[0]), ceil(x / self.block[2]))
-        self.norm = nn.LayerNorm(dim)
         positions = self.blocks[0] * self.blocks[1] if c.per_position else 1
         outputs = self.block[0] * y * self.block[2]
         self.weight = nn.Parameter(torch.zeros(positions, dim, outputs))
@@ -189,7 +188,6 @@ class HierarchicalViT(nn.Module):
         x = self.bridge(x)
         for part in self.decoder:
             x = part(x)
-        x = self.norm(x)
         if tuple(x.shape[1:3]) != self.blocks:
             x = F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), self.blocks).permute(0, 2, 3, 1)
         return self._to_volume(x)

@@ -12,8 +12,8 @@ import gc
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import torch
 
@@ -21,7 +21,7 @@ COLUMNS = ["name", "peer", "size", "device", "ours_s", "peer_s", "ratio_median",
            "peer_mb", "agreement"]
 BENCH_CSV = Path(__file__).resolve().parents[1] / "out" / "bench.csv"
 if sys.platform.startswith("linux") and hasattr(ctypes.CDLL(None), "mallopt"):
-    ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD: large blocks go back when freed, so that a peak is seen as one
+    ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD: large blocks go back when freed, so a peak is a peak
 
 
 def _timed(work: Callable, device: str) -> tuple[float, object]:

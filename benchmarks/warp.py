@@ -1,4 +1,4 @@
-"""Velocity -> displacement -> warped picture, against MONAI's DVF2DDF + Warp (7 squarings both): `python benchmarks/warp.py`.
+"""Velocity -> displacement -> warped picture, against MONAI's DVF2DDF + Warp (7 squarings both).
 
 The velocity fades to nothing at the border, so that MONAI's zero padding there makes no difference. Voxels of 1 mm,
 so that MONAI's voxels are our millimetres. With a CUDA device, rows for it follow.
@@ -54,8 +54,10 @@ def rows(n: int, device: str) -> None:
             return gradient
         return work
 
+    inside = (..., *[slice(n // 8, -n // 8)] * 3)  # at a border at rest linear interpolation has a kink
+
     compare("exp_and_warp_gradient", "MONAI DVF2DDF + Warp", f"{n}^3", gradient(ours), gradient(theirs), device=device,
-            agreement=lambda a, b: f"relative difference {float((a - b).norm() / b.norm()):.1e}")
+            agreement=lambda a, b: f"inside, relative {float((a - b)[inside].norm() / b[inside].norm()):.1e}")
 
 
 if __name__ == "__main__":

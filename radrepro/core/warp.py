@@ -9,11 +9,11 @@ import torch
 from torch.nn import functional as F
 
 # %% auto #0
-__all__ = ['CPU_SLAB_VOXELS', 'GPU_SLAB_VOXELS', 'warp', 'compose', 'exp_velocity', 'Warp', 'exp_warp', 'jacobian_determinant',
-           'upsample_field']
+__all__ = ['warp', 'compose', 'exp_velocity', 'Warp', 'exp_warp', 'jacobian_determinant', 'upsample_field']
 
 # %% ../../nbs/core/03_warp.ipynb #e9b90685
-CPU_SLAB_VOXELS, GPU_SLAB_VOXELS = 2**18, 2**23  # fits a cache; a GPU wants few and large launches
+_CPU_SLAB_VOXELS = 2**18  # for each thread: fits a cache
+_GPU_SLAB_VOXELS = 2**23  # few and large launches
 
 
 def _check_field(field: torch.Tensor, spacing_mm, name: str) -> None:
@@ -21,7 +21,8 @@ def _check_field(field: torch.Tensor, spacing_mm, name: str) -> None:
         raise ValueError(f"{name}: expected a field (b, 3, z, y, x) in mm, got shape {tuple(field.shape)}: "
                          "stack the components z, y, x on dim 1")
     if len(spacing_mm) != 3 or min(spacing_mm) <= 0:
-        raise ValueError(f"spacing_mm: expected three positive sizes (z, y, x), got {spacing_mm}: use spacing_mm(volume)")
+        raise ValueError(f"spacing_mm: expected three positive sizes (z, y, x), got {spacing_mm}: "
+                         "use radrepro.core.volume.spacing_mm")
 
 
 def _fp32(t: torch.Tensor) -> torch.Tensor:
@@ -37,12 +38,13 @@ def _units_per_mm(size, spacing_mm, like: torch.Tensor) -> torch.Tensor:
 
 def _ramps(size, like: torch.Tensor) -> list[torch.Tensor]:
     """The coordinate of each voxel centre in grid_sample's units, per axis, ready to broadcast over (z, y, x)."""
-    lines = [torch.linspace(-1 if n > 1 else 0, 1 if n > 1 else 0, n, dtype=like.dtype, device=like.device) for n in size]
+    ends = [float(n > 1) for n in size]  # a single voxel lies at 0
+    lines = [torch.linspace(-e, e, n, dtype=like.dtype, device=like.device) for e, n in zip(ends, size)]
     return [line.view([-1 if i == axis else 1 for i in range(3)]) for axis, line in enumerate(lines)]
 
 
 def _grid(u: torch.Tensor, ramps, start: int) -> torch.Tensor:
-    """x + u(x) of the slab that begins at slice `start`, as the (b, z, y, x, 3) in x, y, z order that grid_sample wants."""
+    """x + u(x) of the slab that begins at slice `start`: (b, z, y, x, 3), last dim x, y, z as grid_sample wants it."""
     grid = u.flip(1)  # a fresh copy: the ramps may be added in place, with or without autograd
     for component, axis in enumerate((2, 1, 0)):
         ramp = ramps[axis]
@@ -58,7 +60,7 @@ def _pull(values: torch.Tensor, u: torch.Tensor, mode: str, *, add: torch.Tensor
         return out if add is None else out.add_(add)
     cpu = u.device.type == "cpu"
     threads = torch.get_num_threads() if cpu else 1
-    depth = max((CPU_SLAB_VOXELS if cpu else GPU_SLAB_VOXELS) // (size[1] * size[2]), 1)
+    depth = max((_CPU_SLAB_VOXELS * threads if cpu else _GPU_SLAB_VOXELS) // (size[1] * size[2]), 1)
     depth = min(-(-depth // threads) * threads, size[0])  # a multiple of the threads where the volume is deep enough
     out = torch.empty((u.shape[0], values.shape[1], *size), dtype=values.dtype, device=values.device)
     for b in range(u.shape[0]):

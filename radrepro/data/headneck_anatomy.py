@@ -3,7 +3,6 @@
 # %% ../../nbs/data/11_headneck_anatomy.ipynb #a81bb143
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -11,97 +10,22 @@ import xarray as xr
 from scipy import ndimage
 
 from ..core.volume import AXES, rigid, volume
-from .headneck_parts import AIRWAY, FAT_HU, HEAD_BONES, JAW, METAL_HU, SHOULDER_BONES, SITES, SKIN, SOFT, teeth, turned
-from .headneck_shapes import AIR_HU, Canvas, bar_distance, carried, pull_back, ramp, random_smooth, smooth_union
+from .headneck_day import Anatomy, Day, day_field
+from .headneck_parts import AIRWAY, FAT_HU, HEAD_BONES, JAW, METAL_HU, SHOULDER_BONES, SITES, SKIN, SOFT
+from .headneck_parts import teeth, turned
+from .headneck_shapes import AIR_HU, Canvas, bar_distance, carried, pull_back, ramp
+from .headneck_shapes import random_smooth, smooth_union
 
 # %% auto #0
-__all__ = ['KNOTS_MM', 'KNOT_MM', 'STRUCTURES', 'SPINE_Z', 'SPINE_Y', 'LEVEL_MM', 'Anatomy', 'Day', 'draw_anatomy', 'draw_day',
-           'day_field', 'Drawing', 'render']
+__all__ = ['STRUCTURES', 'SPINE_Z', 'SPINE_Y', 'LEVEL_MM', 'Drawing', 'render']
 
 # %% ../../nbs/data/11_headneck_anatomy.ipynb #381b9e3e
-@dataclass(frozen=True)
-class Anatomy:
-    """A patient's own constants, drawn by `draw_anatomy`; lengths in mm, frames (x, y, z)."""
-    seed: int
-    scale: tuple[float, float, float]  # of the whole anatomy about the isocentre
-    neck: float  # girth of the neck, 1 = average
-    fat_mm: float
-    ventricles: float
-    sinus: float
-    site: str
-    tumour_mm: float  # half-width
-    helmet_mm: float  # thickness
-    metal_teeth: tuple[int, ...]  # upper arch 0..13 right to left, lower 14..27
-    shape_mm: float  # sd of the patient's own smooth deviation from the table
-
-
-@dataclass(frozen=True)
-class Day:
-    """What differs from the planning day; all zero is the planning day. Angles about the skull base, left is +x."""
-    flexion_deg: float = 0.0  # of the neck below the skull, about x
-    bend_deg: float = 0.0  # of the neck, about y
-    shoulder_mm: tuple[float, float] = (0.0, 0.0)  # right, left, upwards
-    jaw_deg: float = 0.0  # opening
-    loss_mm: float = 0.0  # of subcutaneous fat in face and neck
-    parotid: float = 0.0  # fraction of width lost
-    tumour: float = 0.0  # fraction of width lost
-    fluid: tuple[float, float, float] = (0.0, 0.0, 0.0)  # share of depth: maxillary right, left, sphenoid
-    airway_mm: float = 0.0  # wider
-    helmet_mm: tuple[float, float, float] = (0.0, 0.0, 0.0)  # put on elsewhere (x, y, z)
-    helmet_deg: float = 0.0
-    wave_mm: float = 0.0  # sd of a smooth random deformation
-    wave_seed: int = 0
-
-
-def draw_anatomy(seed: int) -> Anatomy:
-    """A patient by seed: sizes +-4 %, fat, sinuses, tumour site, helmet, metal in the teeth of about half of them."""
-    rng = np.random.default_rng([seed, 11])
-    teeth = rng.permutation(28)[: rng.integers(1, 4)] if rng.random() < 0.5 else ()
-    return Anatomy(seed=seed, scale=tuple(float(1 + 0.035 * s) for s in rng.uniform(-1, 1, 3)), neck=rng.uniform(0.9, 1.12),
-                   fat_mm=rng.uniform(3, 8), ventricles=rng.uniform(0.7, 1.5), sinus=rng.uniform(0.8, 1.12),
-                   site=list(SITES)[rng.integers(len(SITES))], tumour_mm=rng.uniform(9, 16),
-                   helmet_mm=rng.uniform(26, 34), metal_teeth=tuple(int(t) for t in np.sort(teeth)),
-                   shape_mm=rng.uniform(1.5, 2.5))
-
-
-def draw_day(seed: int, week: float, change_mm: float) -> Day:
-    """The anatomy `week` weeks into treatment (0..7). `change_mm` scales every change: the sd of the smooth part, in mm.
-
-    What treatment does (weight, parotids, tumour) grows with the weeks; what the day does is drawn afresh."""
-    rng = np.random.default_rng([seed, 12])
-    s, n = change_mm / 1.5, rng.standard_normal(12)
-    uniform = rng.uniform(size=6)
-    return Day(flexion_deg=1.0 * s * n[0], bend_deg=0.7 * s * n[1], shoulder_mm=(3.0 * s * n[2], 3.0 * s * n[3]),
-               jaw_deg=1.2 * s * n[4], loss_mm=0.35 * s * week * (0.5 + uniform[0]),
-               parotid=min(0.02 * s * week * (0.5 + uniform[1]), 0.5), tumour=min(0.03 * s * week * (0.5 + uniform[2]), 0.7),
-               fluid=tuple(np.clip(0.5 * s * (uniform[3:6] - 0.35), 0, 1)), airway_mm=0.8 * s * n[6],
-               helmet_mm=tuple(1.0 * s * n[7:10]), helmet_deg=0.6 * s * n[10], wave_mm=change_mm, wave_seed=int(rng.integers(2**31)))
-
-# %% ../../nbs/data/11_headneck_anatomy.ipynb #f1f61d80
-KNOTS_MM = {"z": (-300.0, 225.0), "y": (-180.0, 180.0), "x": (-240.0, 240.0)}
-KNOT_MM = 15.0
-
-
-def day_field(day: Day) -> xr.DataArray:
-    """The day's pull-back field (vector z, y, x; z, y, x) in mm on knots 15 mm apart about the isocentre."""
-    knots = {a: np.arange(low, high + 1, KNOT_MM) for a, (low, high) in KNOTS_MM.items()}
-    p = np.stack(np.meshgrid(*knots.values(), indexing="ij"))
-    z, y, x = p
-    below, wings = ramp(z, -15, -120), ramp(np.abs(x), 45, 120) * ramp(z, -90, -150)
-    flex, bend = np.deg2rad(day.flexion_deg) * below, np.deg2rad(day.bend_deg) * below
-    u = random_smooth(p, day.wave_mm, 40.0, day.wave_seed) * (0.15 + 0.85 * ramp(z, 35, -25))
-    u[0] += flex * (y - 15) - bend * x - wings * np.where(x > 0, day.shoulder_mm[1], day.shoulder_mm[0])
-    u[1] -= flex * (z + 15)
-    u[2] += bend * (z + 15)
-    return xr.DataArray(u.astype(np.float32), dims=("vector", *AXES), attrs={"units": "mm"},
-                        coords={"vector": list(AXES), **knots})
-
-# %% ../../nbs/data/11_headneck_anatomy.ipynb #878ebb9b
 STRUCTURES = ("body", "helmet", "ctv", "brainstem", "parotid_left", "parotid_right", "oral_cavity", "mandible")
 
 
 class Drawing(NamedTuple):
     """What `render` returns: the noise-free CT in HU and its structures, bool Volumes by name, on the same grid."""
+
     ct: xr.DataArray
     structures: dict[str, xr.DataArray]
 
@@ -127,11 +51,21 @@ def _skull(c: Canvas, who: Anatomy) -> None:
     if box is None:
         return
     x, y, z = c.x[box], c.y[box], c.z[box]
-    d = smooth_union(bar_distance(x, y, z, (0, 0, 68), (0, 0, 68), (71, 91, 67)),
-                     bar_distance(x, y, z, (0, 44, 24), (0, 44, 24), (58, 45, 38)), 14)
+    d = smooth_union(
+        bar_distance(x, y, z, (0, 0, 68), (0, 0, 68), (71, 91, 67)),
+        bar_distance(x, y, z, (0, 44, 24), (0, 44, 24), (58, 45, 38)),
+        14,
+    )
     base, clivus = (20 - 0.25 * y - z) / 1.03, (8 - 0.3 * z - y) / 1.05
     d = np.maximum(d, np.minimum(base, clivus))  # nothing below the base in front of the clivus
-    for depth_mm, hu in ((0, 1150), (1.8, 600), (4.6, 1150), (6.5, 10), (9, 38), (14, 30)):  # tables, diploe, CSF, brain
+    for depth_mm, hu in (
+        (0, 1150),
+        (1.8, 600),
+        (4.6, 1150),
+        (6.5, 10),
+        (9, 38),
+        (14, 30),
+    ):  # tables, diploe, CSF, brain
         c.paint(box, d + depth_mm, hu)
     v = who.ventricles
     c.bar(8, (8, -22, 78), (13, 18, 72), (5 * v, 12 * v, 6 * v))
@@ -176,8 +110,11 @@ def _spine(c: Canvas) -> None:
 
 def _sinuses(c: Canvas, who: Anatomy, day: Day) -> None:
     s = who.sinus
-    for (x, y, z), radii, fluid in (((-27, -58, 1), (14, 17, 16), day.fluid[0]), ((27, -58, 1), (14, 17, 16), day.fluid[1]),
-                                    ((0, -17, 16), (14, 11, 10), day.fluid[2])):
+    for (x, y, z), radii, fluid in (
+        ((-27, -58, 1), (14, 17, 16), day.fluid[0]),
+        ((27, -58, 1), (14, 17, 16), day.fluid[1]),
+        ((0, -17, 16), (14, 11, 10), day.fluid[2]),
+    ):
         radii = np.multiply(radii, s)
         c.bar(700, (x, y, z), (x, y, z), radii + 2, mirror=False)
         box, d = c.distance((x, y, z), (x, y, z), radii)
@@ -200,7 +137,7 @@ def _mouth(c: Canvas, who: Anatomy, day: Day) -> None:
         metal = i in who.metal_teeth
         c.bar(METAL_HU if metal else 1900, p, p, (5, 5, 4.5) if metal else (3.6, 3.6, 7.5), mirror=False)
 
-# %% ../../nbs/data/11_headneck_anatomy.ipynb #2696d932
+# %% ../../nbs/data/11_headneck_anatomy.ipynb #670e5edd
 def _helmet(c: Canvas, who: Anatomy) -> None:
     inner, t = np.array((80.0, 100.0, 76.0)), who.helmet_mm
     box, outside = c.distance((0, 4, 68), (0, 4, -40), inner + t)
@@ -215,7 +152,9 @@ def _helmet(c: Canvas, who: Anatomy) -> None:
 
 
 def _texture(c: Canvas, seed: int) -> None:
-    lattice = np.random.default_rng([seed, 14]).standard_normal((90, 90, 90)).astype(np.float32)  # 7 mm, moves with the tissue
+    lattice = (
+        np.random.default_rng([seed, 14]).standard_normal((90, 90, 90)).astype(np.float32)
+    )  # 7 mm, moves with the tissue
     where = np.stack([c.z, c.y, c.x]) / 7 + 44.5
     body = c.masks["body"]
     grain = ndimage.map_coordinates(lattice, where[:, body], order=1, mode="wrap", output=np.float32)
@@ -224,21 +163,25 @@ def _texture(c: Canvas, seed: int) -> None:
 
 
 def render(who: Anatomy, day: Day, grid, *, pose: np.ndarray | None = None) -> Drawing:
-    """Draw `who` as on `day` on `grid` ({"z", "y", "x"} in mm), carried by the rigid 4 x 4 `pose` (what is at p goes to pose @ p).
+    """Draw `who` as on `day` on `grid` ({"z", "y", "x"} in mm), carried by the 4 x 4 `pose` (p goes to pose @ p).
 
     Noise-free HU; structures body, helmet, brainstem, parotid_left, parotid_right, oral_cavity, mandible, ctv."""
     z, y, x = (np.asarray(grid[a], np.float32) for a in AXES)
     step = float(np.mean([a[1] - a[0] for a in (z, y, x)]))
     knots = day_field(day)
     p = np.stack(np.meshgrid(*(knots[a].values for a in AXES), indexing="ij")) + knots.values
-    knots = knots + random_smooth(p, who.shape_mm, 45.0, who.seed).astype(np.float32)  # the patient's own shape, after the day's
+    knots = knots + random_smooth(p, who.shape_mm, 45.0, who.seed).astype(
+        np.float32
+    )  # the patient's own shape, after the day's
     back = np.linalg.inv(np.eye(4) if pose is None else pose)
     hat_back = np.linalg.inv(rigid(day.helmet_mm, (day.helmet_deg, 0, 0)))
     thick = max(1, int(2e6 // (len(y) * len(x))))  # slabs: memory stays small at 1 mm
-    slabs = [_slab(who, day, z[i:i + thick], y, x, step, knots, back, hat_back) for i in range(0, len(z), thick)]
+    slabs = [_slab(who, day, z[i : i + thick], y, x, step, knots, back, hat_back) for i in range(0, len(z), thick)]
     where = {"z": grid["z"], "y": grid["y"], "x": grid["x"]}
-    return Drawing(volume(np.concatenate([s.hu for s in slabs]), **where, units="HU"),
-                   {n: volume(np.concatenate([s.masks[n] for s in slabs]), **where, units="1") for n in slabs[0].masks})
+    return Drawing(
+        volume(np.concatenate([s.hu for s in slabs]), **where, units="HU"),
+        {n: volume(np.concatenate([s.masks[n] for s in slabs]), **where, units="1") for n in slabs[0].masks},
+    )
 
 
 def _slab(who: Anatomy, day: Day, z, y, x, step, knots, back, hat_back) -> Canvas:

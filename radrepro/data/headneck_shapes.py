@@ -18,7 +18,7 @@ __all__ = ['AIR_HU', 'bar_distance', 'smooth_union', 'random_smooth', 'ramp', 'c
 
 # %% ../../nbs/data/11_headneck_shapes.ipynb #80572566
 def bar_distance(x, y, z, a, b, radii) -> np.ndarray:
-    """Signed distance in mm (negative inside) to the bar from `a` to `b` with half-widths `radii`, all (x, y, z) in mm."""
+    """Signed distance in mm (negative inside) to the bar from `a` to `b` with half-widths `radii` (x, y, z in mm)."""
     r = np.asarray(radii, np.float32)
     start, along = np.asarray(a, np.float32) / r, (np.asarray(b, np.float32) - np.asarray(a, np.float32)) / r
     q = [c / s - o for c, s, o in zip((x, y, z), r, start)]
@@ -69,7 +69,8 @@ def pull_back(x, y, z, knots: xr.DataArray) -> tuple[np.ndarray, np.ndarray, np.
 # %% ../../nbs/data/11_headneck_shapes.ipynb #8ca3ef77
 @dataclass
 class Canvas:
-    """HU of one slab and, voxel by voxel, the table coordinates x, y, z in mm; `edge_mm` is the width of a soft edge."""
+    """HU of one slab and, by voxel, table coordinates x, y, z in mm; `edge_mm` is the width of a soft edge."""
+
     x: np.ndarray
     y: np.ndarray
     z: np.ndarray
@@ -84,7 +85,7 @@ class Canvas:
         self._range = [(c.min(o), c.max(o)) for c, o in zip((self.z, self.y, self.x), others)]
 
     def near(self, low, high) -> tuple[slice, ...] | None:
-        """The index box that holds every voxel with table coordinates between `low` and `high` (x, y, z); None if empty."""
+        """The index box of all voxels with table coordinates between `low` and `high` (x, y, z); None if empty."""
         box = []
         for (least, most), a, b in zip(self._range, low[::-1], high[::-1]):
             i = np.flatnonzero((most >= a) & (least <= b))
@@ -116,7 +117,7 @@ class Canvas:
 
     def bar(self, hu, a, b, radii, name: str | None = None, mirror: bool = True) -> None:
         """Paint a bar, and its mirror image where it lies to one side; add both to the structure `name`."""
-        for s in ((1, -1) if mirror and (a[0] or b[0]) else (1,)):
+        for s in (1, -1) if mirror and (a[0] or b[0]) else (1,):
             box, d = self.distance((s * a[0], *a[1:]), (s * b[0], *b[1:]), radii)
             self.paint(box, d, hu)
             if name is not None:

@@ -72,7 +72,8 @@ class ThoraxPatient:
     def labels_in(self, scan: Scan) -> xr.DataArray:
         """The label map (uint8) as `scan` shows it. Raises ValueError where the patient has no labels."""
         if self.fine_labels is None:
-            raise ValueError(f"expected labels, got none for {self.source}: put labels.nii.gz and labels.json beside ct.nii.gz")
+            raise ValueError(f"expected labels, got none for {self.source}: "
+                             "put labels.nii.gz and labels.json beside ct.nii.gz")
         return self._carried(self.fine_labels, scan).astype(np.uint8)
 
     def lung_mask_in(self, scan: Scan) -> xr.DataArray:
@@ -92,8 +93,8 @@ SCAN_EVERY_S = 9.0
 NOISE = 12 / 1400
 
 
-def acquire(reference: xr.DataArray, fine: xr.DataArray, alpha_mm: xr.DataArray, beta_mm: xr.DataArray, trace: xr.DataArray, *,
-            n_scans: int, seed: int) -> tuple[Scan, ...]:
+def acquire(reference: xr.DataArray, fine: xr.DataArray, alpha_mm: xr.DataArray, beta_mm: xr.DataArray,
+            trace: xr.DataArray, *, n_scans: int, seed: int) -> tuple[Scan, ...]:
     """`n_scans` scans on the grid of `reference`, sampled from `fine` (0..1) while the patient breathes `trace`.
 
     Starts are spread over the whole trace. Raises ValueError where the trace is shorter than the scans."""
@@ -102,8 +103,8 @@ def acquire(reference: xr.DataArray, fine: xr.DataArray, alpha_mm: xr.DataArray,
     start_s, end_s = float(trace["time"][0]), float(trace["time"][-1])
     every_s = (end_s - start_s) / n_scans
     if every_s < 3.6:
-        raise ValueError(f"expected a trace of at least {3.6 * n_scans:.0f} s for {n_scans} scans, got {end_s - start_s:.0f} s: "
-                         "use a longer recording, or fewer scans")
+        raise ValueError(f"expected a trace of at least {3.6 * n_scans:.0f} s for {n_scans} scans, got "
+                         f"{end_s - start_s:.0f} s: use a longer recording, or fewer scans")
     smooth = _averaged(fine, reference)
     scans = []
     for k in range(n_scans):
@@ -124,7 +125,7 @@ def _averaged(fine: xr.DataArray, grid) -> xr.DataArray:
 
 def _grids(shape, voxel_mm):
     """The scans' grid about the isocentre and one of about 3 mm over the same extent."""
-    voxel_mm = np.array(FIELD_OF_VIEW_MM) / shape if voxel_mm is None else np.broadcast_to(np.asarray(voxel_mm, float), 3)
+    voxel_mm = np.array(FIELD_OF_VIEW_MM) / shape if voxel_mm is None else np.broadcast_to(voxel_mm, 3).astype(float)
     finer = np.maximum(1, np.round(voxel_mm / 3.0)).astype(int)
     return centred_grid(shape, voxel_mm), centred_grid(tuple(np.array(shape) * finer), voxel_mm / finer)
 
@@ -141,8 +142,9 @@ def phantom_thorax(number: int, *, shape: tuple[int, int, int] = (56, 64, 64), v
     lag_s = float(np.random.default_rng([own, 98]).uniform(0.04, 0.25))
     alpha_mm, beta_mm = phantom_motion(anatomy, grid, peak_mm=draw_peak_mm(own), lag_s=lag_s)
     trace = synthetic_trace(SCAN_EVERY_S * max(n_scans, 3), seed=own)
-    return _patient(number, "phantom", f"seed {own}", scale_hu(fine_hu), fine_labels, like(fine_labels.values == 3, fine_labels), grid,
-                    alpha_mm, beta_mm, trace, n_scans, own)
+    lungs = like(fine_labels.values == 3, fine_labels)
+    return _patient(number, "phantom", f"seed {own}", scale_hu(fine_hu), fine_labels, lungs, grid, alpha_mm, beta_mm,
+                    trace, n_scans, own)
 
 
 def _patient(number, kind, source, fine, fine_labels, fine_lungs, grid, alpha_mm, beta_mm, trace, n_scans, seed):
@@ -154,9 +156,9 @@ def _patient(number, kind, source, fine, fine_labels, fine_lungs, grid, alpha_mm
 
 # %% ../../nbs/data/12_thorax.ipynb #9b75a52f
 BUCKET_WORDS = (  # the first pattern that fits decides
-    (9, r"myocardium"), (2, r"heart|atrium|ventricle|atrial"), (3, r"^lung_(?!vessel)|^lungs?$"), (4, r"(o)?esophagus"),
-    (5, r"spinal_?cord"), (6, r"aorta"), (7, r"inferior_vena_cava"), (8, r"pulmonary_(artery|trunk)"),
-    (10, r"trachea|bronch(?!ioc)|airway"), (1, r"vertebra|^rib_|^rib|sternum|clavicula|scapula|humerus|sacrum"))
+    (9, r"myocardium"), (2, r"heart|atrium|ventricle|atrial"), (3, r"^lungs?(?!.*vessel)"), (4, r"(o)?esophagus"),
+    (5, r"spinal[_ ]?cord"), (6, r"aorta"), (7, r"inferior[_ ]vena[_ ]cava"), (8, r"pulmonary[_ ](artery|trunk)"),
+    (10, r"trachea|bronch(?!ioc)|airway"), (1, r"bone|vertebra|^rib|sternum|clavicula|scapula|humerus|sacrum"))
 
 
 def bucket_of(name: str) -> int:
@@ -172,17 +174,19 @@ def find_lungs(ct: xr.DataArray) -> xr.DataArray:
     step = np.array(spacing_mm(ct))
     body = ct.values > -400
     body = np.stack([ndimage.binary_fill_holes(ndimage.binary_opening(s)) for s in body])  # slice by slice
-    air = (ct.values < -450) & np.stack([ndimage.binary_erosion(s, iterations=max(1, round(4 / step[1]))) for s in body])
+    skin = max(1, round(4 / step[1]))
+    air = (ct.values < -450) & np.stack([ndimage.binary_erosion(s, iterations=skin) for s in body])
     pieces, count = ndimage.label(air)
     ml = np.bincount(pieces.ravel(), minlength=count + 1) * step.prod() / 1000
     keep = (ml > 150) & (np.arange(count + 1) > 0)
     if not keep.any():
-        raise ValueError(f"expected lungs, got no air of more than 150 ml inside of the body (largest {ml[1:].max(initial=0):.0f} ml): "
+        raise ValueError(f"expected lungs, got no air of more than 150 ml inside of the body "
+                         f"(largest {ml[1:].max(initial=0):.0f} ml): "
                          "check that the CT is in HU and shows the thorax, or give labels")
     lungs = np.pad(keep[pieces], 6, mode="edge")
     radius = [max(1, round(6 / s)) for s in step]
-    ball = np.add.reduce([(np.arange(-r, r + 1).reshape([-1 if j == i else 1 for j in range(3)]) / (r + 0.5)) ** 2
-                          for i, r in enumerate(radius)]) <= 1
+    ball = sum((np.arange(-r, r + 1).reshape([-1 if j == i else 1 for j in range(3)]) / (r + 0.5)) ** 2
+               for i, r in enumerate(radius)) <= 1
     closed = ndimage.binary_closing(lungs, ball)[6:-6, 6:-6, 6:-6]
     return like(closed, ct, units="1")
 
@@ -202,7 +206,7 @@ def real_thorax(folder: str | Path, number: int, *, landmarks: str | Path, shape
                 voxel_mm=None, n_scans: int = 25, seed: int = 0, trace: xr.DataArray | None = None) -> ThoraxPatient:
     """A patient from a real thorax CT, moved by a real patient's landmark displacements.
 
-    `folder`: a case of `find_thoraxes`. `landmarks`: the data_dir that holds `lung_landmarks_*`; case number
+    `folder`: a case of `find_thoraxes`. `landmarks`: a data_dir, or one `lung_landmarks_*` folder; case number
     `number - 1` (cyclic, shifted by `seed`) gives alpha. `trace`: a real recording (radrepro.data.traces.read_trace),
     or None for synthetic breathing by seed. The rest as in phantom_thorax.
     Raises FileNotFoundError or ValueError where files are missing, the CT has NaN, or is not in HU."""
@@ -225,15 +229,18 @@ def real_thorax(folder: str | Path, number: int, *, landmarks: str | Path, shape
     chest = resample(centred(lungs), fine_grid, fill=0, order=0)
     cases = find_landmarks(landmarks)
     if not cases:
-        raise FileNotFoundError(f"expected lung_landmarks_*/case*.csv in {landmarks}, found none: motion is borrowed from them")
-    alpha_mm = alpha_from_landmarks(*read_landmarks(cases[(number - 1 + seed) % len(cases)]), resample(chest, grid, fill=0, order=0))
+        raise FileNotFoundError(f"expected lung_landmarks_*/caseNN_*.csv in {landmarks}, found none: "
+                                "motion is borrowed from them")
+    points = read_landmarks(cases[(number - 1 + seed) % len(cases)])
+    alpha_mm = alpha_from_landmarks(*points, resample(chest, grid, fill=0, order=0))
     own = 1000 * seed + number
     lag_s = float(np.random.default_rng([own, 98]).uniform(0.04, 0.25))
     y = (alpha_mm["y"] / 45).values.reshape(1, 1, -1, 1)
     beta_mm = like((lag_s * (0.55 + 0.65 * np.tanh(y)) * alpha_mm.values).astype(np.float32), alpha_mm)
     if trace is None:
         trace = synthetic_trace(SCAN_EVERY_S * max(n_scans, 3), seed=own)
-    return _patient(number, "real", folder.name, scale_hu(fine), fine_labels, chest, grid, alpha_mm, beta_mm, trace, n_scans, own)
+    return _patient(number, "real", folder.name, scale_hu(fine), fine_labels, chest, grid, alpha_mm, beta_mm,
+                    trace, n_scans, own)
 
 
 def _labels_of(folder, ct):
@@ -241,7 +248,8 @@ def _labels_of(folder, ct):
         return None
     raw = read_nifti(folder / "labels.nii.gz", units="1")
     if raw.shape != ct.shape or any(abs(raw[a].values - ct[a].values).max() > 0.1 for a in AXES):
-        raise ValueError(f"{folder.name}: expected labels on the grid of ct.nii.gz, got {raw.shape} against {ct.shape}: resample them")
+        raise ValueError(f"{folder.name}: expected labels on the grid of ct.nii.gz, got "
+                         f"{raw.shape} against {ct.shape}: resample them")
     names = json.loads((folder / "labels.json").read_text())
     names = names.get("labels.nii.gz", names)
     table = np.zeros(int(max([raw.values.max(), *names.values()])) + 1, np.uint8)
@@ -254,7 +262,8 @@ def _thinned(v: xr.DataArray, voxel_mm: tuple[float, float, float]) -> xr.DataAr
     """Means over whole blocks of voxels, as many as fit into `voxel_mm`."""
     n = [max(1, int(w / s + 1e-6)) for w, s in zip(voxel_mm, spacing_mm(v))]
     size = [k // m for k, m in zip(v.shape, n)]
-    values = v.values[tuple(slice(0, k * m) for k, m in zip(size, n))].reshape(size[0], n[0], size[1], n[1], size[2], n[2])
+    whole = v.values[tuple(slice(0, k * m) for k, m in zip(size, n))]
+    values = whole.reshape(size[0], n[0], size[1], n[1], size[2], n[2])
     centres = {a: v[a].values[:k * m].reshape(k, m).mean(1) for a, k, m in zip(AXES, size, n)}
     return volume(values.mean((1, 3, 5), dtype=np.float32), **centres, units=v.attrs["units"])
 
@@ -265,7 +274,8 @@ def _continued(v: xr.DataArray) -> xr.DataArray:
     n = int(FIELD_OF_VIEW_MM[0] / step) + 1
     z = v["z"].values
     z = np.concatenate([z[0] - step * np.arange(n, 0, -1), z, z[-1] + step * np.arange(1, n + 1)])
-    return volume(np.pad(v.values, ((n, n), (0, 0), (0, 0)), mode="edge"), z=z, y=v["y"].values, x=v["x"].values, units=v.attrs["units"])
+    values = np.pad(v.values, ((n, n), (0, 0), (0, 0)), mode="edge")
+    return volume(values, z=z, y=v["y"].values, x=v["x"].values, units=v.attrs["units"])
 
 
 def _middle(mask: xr.DataArray, axis: str) -> float:

@@ -48,7 +48,7 @@ class Anatomy:
 
 
 def draw_anatomy(seed: int) -> Anatomy:
-    """The Anatomy of a seed; every property is drawn independently of the others."""
+    """The Anatomy of a seed; every property is drawn independently, the elevated side is in turn by `seed`."""
     rng = np.random.default_rng([seed, 12])
     at_wall = bool(rng.random() < 0.5)
     side = rng.choice([-1.0, 1.0])
@@ -56,12 +56,15 @@ def draw_anatomy(seed: int) -> Anatomy:
     depth = 0.84 if at_wall else 0.6
     tumour = (rng.uniform(-20, 70), 5 + depth * 84 * np.cos(angle) * 0.9, side * depth * 118 * np.sin(angle))
     emphysema = np.where(rng.random(5) < 0.45, rng.uniform(0.4, 1.0, 5), 0.0)
+    risen, up = (1, 2, 1, 2, 0)[seed % 5], rng.uniform(0.55, 1.0)  # right, left or neither, in turn: balanced cohorts
+    elevation = tuple(float(up if risen == k else 0) + rng.uniform(0, 0.12) for k in (1, 2))
     return Anatomy(
         seed=seed, pose_mm=tuple(rng.uniform(-20, 20, 3).tolist()), size=tuple(rng.uniform(0.85, 1.15, 3).tolist()),
-        elevation=tuple((rng.choice([0.0, 0.8], 2, p=[0.5, 0.5]) * rng.uniform(0.5, 1.0, 2) + rng.uniform(0, 0.2, 2)).tolist()),
+        elevation=elevation,
         apex_mm=rng.uniform(100, 125), barrel=rng.uniform(0.9, 1.1), fat_mm=rng.uniform(4, 24),
         heart=rng.uniform(0.85, 1.2), lung_hu=rng.uniform(-880, -800), emphysema=tuple(emphysema.tolist()),
-        contrast_hu=rng.uniform(60, 280), tumour_mm=tuple(map(float, tumour)), tumour_radius_mm=rng.uniform(8, 18), tumour_at_wall=at_wall)
+        contrast_hu=rng.uniform(60, 280), tumour_mm=tuple(map(float, tumour)),
+        tumour_radius_mm=rng.uniform(8, 18), tumour_at_wall=at_wall)
 
 # %% ../../nbs/data/12_thorax_anatomy.ipynb #0aee29a5
 def depth_in_cage(a: Anatomy, z, y, x) -> np.ndarray:
@@ -106,7 +109,8 @@ def tubes(z, y, x, pieces, reach_mm: float = 3.0) -> np.ndarray:
             box.append(slice(*np.searchsorted(axis, [lo - pad, hi + pad])))
         if any(b.start == b.stop for b in box):
             continue
-        local = [c[b].reshape([-1 if j == i else 1 for j in range(3)]) - p[i] for i, (c, b) in enumerate(zip(axes, box))]
+        shapes = ((-1, 1, 1), (1, -1, 1), (1, 1, -1))
+        local = [c[b].reshape(s) - k for c, b, s, k in zip(axes, box, shapes, p)]
         d = q - p
         t = np.clip(sum(l * k for l, k in zip(local, d)) / max(float(d @ d), 1e-6), 0, 1)
         distance = np.sqrt(sum((l - t * k) ** 2 for l, k in zip(local, d)))
@@ -142,7 +146,8 @@ def vessel_tree(a: Anatomy, side: float, ends: int = 170) -> np.ndarray:
     for i in range(len(nodes) - 1, 0, -1):
         feeds[parent[i]] += feeds[i]
     radius = np.clip(1.05 * feeds ** (1 / 2.7), 1.2, 6.5)
-    return np.array([[*nodes[k], min(radius[k], 1.4 * radius[i]), *nodes[i], radius[i]] for i, k in enumerate(parent) if k >= 0])
+    return np.array([[*nodes[k], min(radius[k], 1.4 * radius[i]), *nodes[i], radius[i]]
+                     for i, k in enumerate(parent) if k >= 0])
 
 
 def _nearest(nodes, way, point) -> int:
@@ -150,8 +155,8 @@ def _nearest(nodes, way, point) -> int:
 
 # %% ../../nbs/data/12_thorax_anatomy.ipynb #3ccb7fa6
 GREAT_VESSELS = {  # standard mm, rows (z, y, x, radius)
-    "aorta": [[2, -12, 6, 13], [25, -14, -8, 13], [48, -8, -6, 12.5], [64, 8, 2, 12], [63, 30, 14, 11.5], [45, 46, 20, 11.5],
-              [0, 49, 20, 11], [-60, 49, 14, 10.5], [-110, 49, 8, 10], [-190, 48, 6, 9.5]],
+    "aorta": [[2, -12, 6, 13], [25, -14, -8, 13], [48, -8, -6, 12.5], [64, 8, 2, 12], [63, 30, 14, 11.5],
+              [45, 46, 20, 11.5], [0, 49, 20, 11], [-60, 49, 14, 10.5], [-110, 49, 8, 10], [-190, 48, 6, 9.5]],
     "pulmonary": [[4, -30, 18, 12], [30, -12, 16, 12], [34, 12, 38, 9]],
     "pulmonary_right": [[30, -12, 16, 10], [28, 0, -10, 10], [26, 8, -36, 8.5]],
     "cava": [[-30, 8, -17, 10], [-60, 14, -18, 10], [-190, 22, -18, 10]],
@@ -167,7 +172,7 @@ GREAT_VESSELS = {  # standard mm, rows (z, y, x, radius)
 def draw(a: Anatomy, grid) -> tuple[xr.DataArray, xr.DataArray]:
     """The chest at end of exhale on `grid` (`{"z", "y", "x"}` in patient mm): CT in HU, and its label map.
 
-    Labels are the keys of BUCKETS (uint8). Noise-free; a texture finer than 12 mm is part of the tissue."""
+    Labels are the keys of BUCKETS (uint8). Noise-free; a texture of 7 and 14 mm grain is part of the tissue."""
     z, y, x = a.standard(grid)
     voxel = float(np.mean([(g[-1] - g[0]) / (len(g) - 1) / s for g, s in zip((grid[k] for k in AXES), a.size)]))
     shape = np.broadcast_shapes(z.shape, y.shape, x.shape)
@@ -192,7 +197,8 @@ def draw(a: Anatomy, grid) -> tuple[xr.DataArray, xr.DataArray]:
     back = 105 * a.barrel + a.fat_mm
     # the couch (never moves), then skin, fat and muscle
     paint(np.minimum(3 - np.abs(y - (back + 7) - 0.0012 * -x**2), 170 - np.abs(x)) + 0 * z, -450)
-    body = (1 - (np.abs(x / (137 + a.fat_mm)) ** 2.6 + np.abs(y / back) ** 2.6) ** np.float32(1 / 2.6)) * (back + 12) + 0 * z
+    rho = (np.abs(x / (137 + a.fat_mm)) ** 2.6 + np.abs(y / back) ** 2.6) ** np.float32(1 / 2.6)
+    body = (1 - rho) * (back + 12) + 0 * z
     paint(body, -95 + 12 * texture)
     paint(np.minimum(body - 2 - a.fat_mm, np.maximum(cage + 13, 30 + 0 * z - np.abs(cage + 38))), 45 + 8 * texture)
     # the abdomen below the diaphragm: fat, liver, spleen, stomach with its gas
@@ -208,10 +214,13 @@ def draw(a: Anatomy, grid) -> tuple[xr.DataArray, xr.DataArray]:
     # the mediastinum, then the lungs beside it
     paint(np.minimum(cage - 4, above), 20 + 25 * texture)
     k = a.heart
-    heart = (1 - np.sqrt(((x - 20) / (50 * k)) ** 2 + ((y + 28) / (42 * k)) ** 2 + ((z + 0.25 * (x - 20) - low - 34) / (46 * k)) ** 2)) * 46 * k
+    along_heart = z + 0.25 * (x - 20) - low  # its axis points left and down, and it rests on the diaphragm
+    heart = np.sqrt(((x - 20) / (50 * k)) ** 2 + ((y + 28) / (42 * k)) ** 2 + ((along_heart - 34) / (46 * k)) ** 2)
+    heart = (1 - heart) * 46 * k
     middle = 19 - np.abs(x - 3) + 6 * np.clip((y - 20) / 60, -1, 1) - np.clip(-y - 40, 0, 50) * 0.3
     spine_block = np.minimum(31 - np.abs(x), y - 47)
-    great = tubes(z, y, x, np.concatenate([along(GREAT_VESSELS[n]) for n in ("aorta", "pulmonary", "pulmonary_right", "cava_superior")]), 14)
+    central = ("aorta", "pulmonary", "pulmonary_right", "cava_superior")
+    great = tubes(z, y, x, np.concatenate([along(GREAT_VESSELS[n]) for n in central]), 14)
     wall = np.maximum.reduce(np.broadcast_arrays(heart + 3, middle + 0 * z, spine_block + 0 * z, great + 3))
     lung = np.minimum(np.minimum(cage - 7, above), -wall)
     weights = lobe_weights(a, z, y, x)
@@ -226,7 +235,7 @@ def draw(a: Anatomy, grid) -> tuple[xr.DataArray, xr.DataArray]:
     blood = 40 + a.contrast_hu
     in_chest = np.minimum(above - 1, cage - 7)
     paint(np.minimum(heart, in_chest), 0.5 * blood + 30, 2)
-    ventricle = np.sqrt(((x - 36) / (32 * k)) ** 2 + ((y + 30) / (29 * k)) ** 2 + ((z + 0.25 * (x - 20) - low - 26) / (34 * k)) ** 2)
+    ventricle = np.sqrt(((x - 36) / (32 * k)) ** 2 + ((y + 30) / (29 * k)) ** 2 + ((along_heart - 26) / (34 * k)) ** 2)
     paint(np.minimum((1 - ventricle) * 31 * k, np.minimum(heart - 1, in_chest)), 85 + 0.15 * a.contrast_hu, 9)
     paint(np.minimum((0.66 - ventricle) * 31 * k, np.minimum(heart - 1, in_chest)), blood, 2)
     for name, bucket in (("cava_superior", None), ("pulmonary", 8), ("pulmonary_right", 8), ("cava", 7), ("aorta", 6)):
@@ -262,16 +271,18 @@ def _bones(a, z, y, x, cage, body, paint):
     rib = np.minimum(rib, np.minimum((108 - np.round(turn) * 24), 140 + np.round(turn) * 24) + 20)
     paint(np.minimum(rib, np.minimum((0.80 - phi) * 120, (phi - 0.08) * 120)), 430, 1)
     paint(np.minimum(rib, np.minimum((0.97 - phi) * 120, (phi - 0.80) * 120)), 110)
-    paint(np.minimum(np.minimum(5.5 - np.abs(cage), 17 - np.abs(x)), np.minimum(np.minimum(92 - z, z + 45), -20 - y)), 260, 1)
+    sternum = np.minimum(np.minimum(92 - z, z + 45), -20 - y)
+    paint(np.minimum(np.minimum(5.5 - np.abs(cage), 17 - np.abs(x)), sternum), 260, 1)
     front = -70 * a.barrel
     pieces = [along([(98, front, 16 * s, 6), (108, front + 25, 75 * s, 5), (118, -5, 128 * s, 6)]) for s in (-1, 1)]
     paint(np.minimum(tubes(z, y, x, np.concatenate(pieces), 10), body - 3), 450, 1)
-    blade = np.minimum(3 - np.abs(cage + 15), np.minimum(np.minimum(112 - z, z - 15), np.minimum(0.42 - phi, phi - 0.2) * 120))
+    extent = np.minimum(np.minimum(112 - z, z - 15), np.minimum(0.42 - phi, phi - 0.2) * 120)
+    blade = np.minimum(3 - np.abs(cage + 15), extent)
     paint(np.minimum(blade, body - 3), 380, 1)
 
 
 def _texture(seed, z, y, x, shape):
-    """Smooth noise (sd about 1) of 12 mm and 6 mm grain in the standard frame, the same at any resolution."""
+    """Smooth noise (sd about 1) of 14 mm and 7 mm grain in the standard frame, the same at any resolution."""
     rng = np.random.default_rng([seed, 5])
     out = np.zeros(shape, np.float32)
     for grain_mm, weight in ((14.0, 0.8), (7.0, 0.9)):
@@ -279,7 +290,8 @@ def _texture(seed, z, y, x, shape):
         noise = rng.standard_normal((n, n, n)).astype(np.float32)
         for axis, c in enumerate((z, y, x)):  # linear interpolation, one axis after the other
             k = np.clip((np.ravel(c) + 210) / grain_mm, 0, n - 1.001)
-            i, f = k.astype(int), (k - k.astype(int)).astype(np.float32).reshape([-1 if j == axis else 1 for j in range(3)])
+            i = k.astype(int)
+            f = (k - i).astype(np.float32).reshape([-1 if j == axis else 1 for j in range(3)])
             noise = noise.take(i, axis) * (1 - f) + noise.take(i + 1, axis) * f
         out += weight * 1.6 * noise
     return out

@@ -34,7 +34,7 @@ def phantom_motion(a: Anatomy, grid, *, peak_mm: float, lag_s: float) -> tuple[x
     above = z - low
     lean = (24 - a.fat_mm) / 20  # 0 stout .. 1 lean
     left = 0.5 + 0.5 * np.tanh(x / 14)
-    mobile = 1 - 0.85 * np.asarray(a.elevation)
+    mobile = 1 - 1.05 * np.asarray(a.elevation)
     side = (mobile[0] + (mobile[1] - mobile[0]) * left) / mobile.max()
     height = np.clip(above / (a.apex_mm + 6 - low), 0, 1)
     fade = np.where(above > 0, (1 - height) ** (2.2 - 1.5 * lean), 0.55 + 0.45 * np.exp(np.minimum(above, 0) / 60))
@@ -56,7 +56,8 @@ def phantom_motion(a: Anatomy, grid, *, peak_mm: float, lag_s: float) -> tuple[x
     lower_chest = 0.2 + 0.8 / (1 + np.exp(np.clip((z - 55) / 28, -30, 30)))
     a_p = -(0.12 + 0.28 * lean) * peak_mm * front * lower_chest * still
     l_r = 0.07 * peak_mm * np.tanh(x / 60) * lower_chest * still
-    field = lambda *parts: volume(np.stack([np.broadcast_to(p, s_i.shape) for p in parts]).astype(np.float32), **grid, units="mm")
+    field = lambda *parts: volume(np.stack([np.broadcast_to(p, s_i.shape) for p in parts]).astype(np.float32), **grid,
+                                  units="mm")
     lag = lag_s * (0.55 + 0.65 * np.tanh(y / 45)) * (1 - 0.3 * height)  # the back follows late, the front leads
     return field(s_i, a_p, l_r), field(lag * s_i, 0.4 * lag_s * a_p, 0 * s_i)
 
@@ -67,7 +68,7 @@ ITERATIONS, TOLERANCE_MM = 24, 0.01
 def _unit(points_mm: torch.Tensor, grid: xr.DataArray) -> torch.Tensor:
     """(N, 3) points of components x, y, z in the -1..1 of grid_sample, from (3, ...) of z, y, x in mm."""
     start, end = (torch.tensor([float(grid[a].values[k]) for a in AXES]).reshape(3, 1) for k in (0, -1))
-    return (2 * (points_mm.reshape(3, -1) - start) / (end - start) - 1).flip(0).T
+    return (2 * (points_mm.float().reshape(3, -1) - start) / (end - start) - 1).flip(0).T
 
 
 def _sample(values: torch.Tensor, unit: torch.Tensor, mode: str = "bilinear") -> torch.Tensor:
@@ -100,7 +101,8 @@ def rest_positions(alpha_mm: xr.DataArray, beta_mm: xr.DataArray, seen: Breathin
     `alpha_mm`, `beta_mm`: fields on one grid; `seen`: amplitude and rate on that grid's slices (or close to them)."""
     x = grid_points(alpha_mm)
     z, plane = alpha_mm["z"].values, x[0, 0].numel()
-    a, b = (torch.tensor(np.interp(z, s["z"].values, s.values), dtype=torch.float32).repeat_interleave(plane) for s in seen)
+    on_slices = [np.repeat(np.interp(z, s["z"].values, s.values), plane) for s in seen]
+    a, b = torch.tensor(np.array(on_slices), dtype=torch.float32)
     law, target = _both(alpha_mm, beta_mm), x.reshape(3, -1)
     rest, left = target.clone(), torch.arange(target.shape[1])
     for _ in range(ITERATIONS):  # only the voxels that still move: most are there after two rounds
@@ -114,7 +116,8 @@ def rest_positions(alpha_mm: xr.DataArray, beta_mm: xr.DataArray, seen: Breathin
     return rest.reshape(x.shape)
 
 
-def displacement_between(alpha_mm: xr.DataArray, beta_mm: xr.DataArray, moving: Breathing, fixed: Breathing) -> xr.DataArray:
+def displacement_between(alpha_mm: xr.DataArray, beta_mm: xr.DataArray, moving: Breathing,
+                         fixed: Breathing) -> xr.DataArray:
     """The field u (mm) with fixed(x) = moving(x + u(x)), from the law and both scans' amplitude and rate per slice."""
     x = grid_points(alpha_mm)
     rest = rest_positions(alpha_mm, beta_mm, fixed)
@@ -135,12 +138,13 @@ def displacement_between(alpha_mm: xr.DataArray, beta_mm: xr.DataArray, moving: 
 def find_landmarks(data_dir: str | Path) -> list[list[Path]]:
     """The landmark files of each case (`lung_landmarks_*/caseNN_*.csv`), one sorted list per case.
 
-    Raises FileNotFoundError where `data_dir` is missing. Give a list to `read_landmarks`."""
+    `data_dir` may also be one of those folders itself. Give one list to `read_landmarks`.
+    Raises FileNotFoundError where `data_dir` is missing."""
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
         raise FileNotFoundError(f"expected a data folder at {data_dir}, found none: set data_dir or RADREPRO_DATA")
     cases = {}
-    for path in sorted(data_dir.glob("lung_landmarks_*/case*.csv")):
+    for path in sorted([*data_dir.glob("lung_landmarks_*/case*.csv"), *data_dir.glob("case*.csv")]):
         cases.setdefault((path.parent.name, path.name.split("_")[0]), []).append(path)
     return list(cases.values())
 
@@ -154,7 +158,8 @@ def read_landmarks(paths) -> tuple[np.ndarray, np.ndarray]:
         table = pd.read_csv(path)
         wanted = [f"{end}_{axis}_mm" for end in ("ee", "ei") for axis in "zyx"]
         if set(wanted) - set(table.columns) or not np.isfinite(table[wanted].to_numpy(float)).all():
-            raise ValueError(f"{Path(path).name}: expected finite columns {wanted}, got {list(table.columns)}: repair it")
+            raise ValueError(f"{Path(path).name}: expected finite columns {wanted}, got "
+                             f"{list(table.columns)}: repair it")
         tables.append(table[wanted].to_numpy(float))
     points = np.concatenate(tables)
     points[:, [0, 3]] *= -1
@@ -179,7 +184,8 @@ def alpha_from_landmarks(exhale_mm: np.ndarray, inhale_mm: np.ndarray, lungs: xr
     sums = np.zeros((4, *mask.shape))
     for c, weights in enumerate((*(inhale_mm - exhale_mm).T, np.ones(len(index)))):
         np.add.at(sums[c], cell, weights)
-    near, far = (np.stack([ndimage.gaussian_filter(s, sigma / step, mode="constant") for s in sums]) for sigma in (12, 32))
+    spread = lambda sigma_mm: np.stack([ndimage.gaussian_filter(s, sigma_mm / step, mode="constant") for s in sums])
+    near, far = spread(12), spread(32)
     wide = far[:3] / np.maximum(far[3], 1e-12 * far[3].max())
     enough = 0.02 * near[3].max()
     field = (near[:3] + enough * wide) / (near[3] + enough)  # the wide one where there are few points

@@ -145,8 +145,8 @@ def slice_amplitudes(trace: xr.DataArray, z_mm, *, start_s: float, scan_s: float
     time_s = start_s + scan_s * (part if direction == 1 else 1 - part)
     have = (float(trace["time"][0]) - pad_s, float(trace["time"][-1]) + pad_s)
     if time_s.min() < have[0] - 1e-9 or time_s.max() > have[1] + 1e-9:
-        raise ValueError(f"expected a trace that covers the slices from {time_s.min():.2f} to {time_s.max():.2f} s, got "
-                         f"{float(trace['time'][0]):.2f} to {float(trace['time'][-1]):.2f} s: use a longer trace, or a "
+        raise ValueError(f"expected a trace that covers the slices from {time_s.min():.2f} to {time_s.max():.2f} s, "
+                         f"got {float(trace['time'][0]):.2f} to {float(trace['time'][-1]):.2f} s: use a longer trace, or a "
                          "larger pad_s if only an edge is missing")
     inside = (time_s >= float(trace["time"][0])) & (time_s <= float(trace["time"][-1]))
     at = lambda v: np.interp(time_s, v["time"].values, v.values)

@@ -30,11 +30,13 @@ class Reading:
     per_position: bool = True
     mean_residual: bool = True
     standardise: bool = True
+    mix_sessions: bool = True
+    kv_noise: float = 1.0
     beta: float = 0.05
 
 
 OURS = Reading()
-LITERAL = Reading(phase_code=False, per_position=False, mean_residual=False, standardise=False, beta=1.0)
+LITERAL = Reading(phase_code=False, per_position=False, mean_residual=False, standardise=False, mix_sessions=False, kv_noise=0.0, beta=1.0)
 
 # %% ../../nbs/kv2ct/52_fit.ipynb #1d9c338f
 class Converter:
@@ -70,9 +72,21 @@ class Converter:
 
     def loss(self, model: torch.nn.Module, step: int, generator: torch.Generator) -> torch.Tensor:
         """Smooth L1 (Paper A, Training protocol) on one batch of GRSS samples, in units of the output's scale."""
-        batch = self.samples.sample_batch(self.plan.batch, generator)
-        target = (batch.ct - self.ct_offset[batch.phase]) / self.ct_scale
-        return F.smooth_l1_loss(model(self._input(batch.kv, batch.phase), batch.phase), target, beta=self.reading.beta)
+        n, samples = self.plan.batch, self.samples
+        indices = torch.randint(len(samples), (n,), generator=generator)
+        batch = samples.batch(indices)
+        kv, ct = batch.kv, batch.ct
+        if self.reading.mix_sessions:
+            one_pair = len(samples) // samples.n_pairs  # samples of one pair lie together, in the same order for each pair
+            pair = torch.randint(samples.n_pairs, (n,), generator=generator)
+            other = samples.batch(pair * one_pair + indices % one_pair)  # same phase, same shift, maybe another day
+            share = torch.rand(n, generator=generator).to(self.device)
+            kv, ct = torch.lerp(kv, other.kv, share[:, None, None, None]), torch.lerp(ct, other.ct, share[:, None, None, None])
+        target = (ct - self.ct_offset[batch.phase]) / self.ct_scale
+        seen = self._input(kv, batch.phase)
+        if self.reading.kv_noise:
+            seen = seen + self.reading.kv_noise * torch.randn(seen.shape, generator=generator).to(self.device)
+        return F.smooth_l1_loss(model(seen, batch.phase), target, beta=self.reading.beta)
 
     def train(self, folder: Path, report=None) -> list[float]:
         """Fit, or go on from the checkpoint in `folder`, and write `model.safetensors` there; returns the losses."""

@@ -57,7 +57,8 @@ def polyphase(values: torch.Tensor, stride: Sequence[int]) -> torch.Tensor:
     n = len(stride)
     sizes = values.shape[-n:]
     if any(size % s for size, s in zip(sizes, stride)):
-        raise ValueError(f"expected sizes that are multiples of {tuple(stride)}, got {tuple(sizes)}: crop or pad first")
+        raise ValueError(f"expected sizes that are multiples of {tuple(stride)}, got {tuple(sizes)}: "
+                         "crop or pad first")
     lead = values.ndim - n
     split = values.reshape(*values.shape[:lead], *(k for size, s in zip(sizes, stride) for k in (size // s, s)))
     phases, places = [lead + 2 * i + 1 for i in range(n)], [lead + 2 * i for i in range(n)]
@@ -68,7 +69,8 @@ def interleave(samples: torch.Tensor, stride: Sequence[int]) -> torch.Tensor:
     """The full-size volume or image of all its phases: (n_phases, ..., z, y, x) -> (..., Z, Y, X)."""
     n = len(stride)
     if samples.shape[0] != prod(stride):
-        raise ValueError(f"expected {prod(stride)} phases for stride {tuple(stride)}, got {samples.shape[0]}: pass them all")
+        raise ValueError(f"expected {prod(stride)} phases for stride {tuple(stride)}, got {samples.shape[0]}: "
+                         "pass them all")
     lead = samples.ndim - 1 - n
     split = samples.reshape(*stride, *samples.shape[1:])
     order = [n + i for i in range(lead)] + [k for i in range(n) for k in (n + lead + i, i)]
@@ -83,7 +85,8 @@ def phase_pairing(sampling: Sampling) -> torch.Tensor:
     CT's z and y strides."""
     (sz, sy, sx), k = sampling.ct_stride, sampling.kv_stride
     if k % sz or k % sy:
-        raise ValueError(f"expected kv_stride to be a multiple of {sz} and {sy}, got {k}: no row or column pairing exists")
+        raise ValueError(f"expected kv_stride to be a multiple of {sz} and {sy}, got {k}: "
+                         "no row or column pairing exists, choose another stride")
     z, y, x = torch.unravel_index(torch.arange(sampling.n_phases), sampling.ct_stride)
     rows_per_slice, columns_per_plane = k // sz, k // sy
     row = rows_per_slice * z + x // columns_per_plane
@@ -92,7 +95,9 @@ def phase_pairing(sampling: Sampling) -> torch.Tensor:
 
 
 def kv_phases(kv: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """All phases of a kV pair in the order of the CT's: (2, V, U) -> (n_phases, 2, v, u). A model's input at inference."""
+    """All phases of a kV pair in the order of the CT's: (2, V, U) -> (n_phases, 2, v, u).
+
+    This is a model's input at inference."""
     row, column = phase_pairing(sampling).T
     return polyphase(kv, (sampling.kv_stride,) * 2)[(row * sampling.kv_stride + column).to(kv.device)]
 
@@ -117,9 +122,9 @@ def _known(interpolation: str) -> str:
 
 
 def shift_rows(values: torch.Tensor, rows: float, *, dim: int, interpolation: str = "cubic") -> torch.Tensor:
-    """`values` with its content moved by `rows` (in voxels or pixels, may be a fraction) towards larger indices along `dim`.
+    """`values` with its content moved by `rows` towards larger indices along `dim`.
 
-    Edge values are repeated beyond the border. For a CT `rows = shift_mm / spacing_z_mm`; for a kV image
+    `rows`: in voxels or pixels, may be a fraction. Edge values are repeated beyond the border. For a CT `rows = shift_mm / spacing_z_mm`; for a kV image
     `rows = 1.5 * shift_mm / kv_pitch_mm`."""
     position = torch.tensor(-float(rows), dtype=torch.float64)
     cell = position.floor()
@@ -151,7 +156,7 @@ def matched_pairs(ct_of_kv: Sequence[int]) -> list[tuple[int, int]]:
 class GRSS:
     """The training set of one patient and one model (Paper A, Data augmentation), made on the fly.
 
-    `cts`: tensors (Z, Y, X) of one shape, z ascending to superior. `kvs`: tensors (2, V, U), rows ascending to superior.
+    `cts`: tensors (Z, Y, X) of one shape, `kvs`: tensors (2, V, U); z and rows ascend to superior.
     `pairs`: (kV index, CT index), see `crossed_pairs` and `matched_pairs`. `kv_pitch_mm` is at the receptor.
     `interpolation`: cubic or linear. Sample `((pair * n_phases) + phase) * n_shifts + shift` is the order of the set.
     Raises ValueError for shapes that differ or are no multiple of the strides, or pairs that point to nothing."""
@@ -159,10 +164,10 @@ class GRSS:
     def __init__(self, cts: Sequence[torch.Tensor], kvs: Sequence[torch.Tensor], pairs: Sequence[tuple[int, int]],
                  sampling: Sampling, *, ct_spacing_z_mm: float, kv_pitch_mm: float, magnification: float = 1.5,
                  interpolation: str = "cubic", device: str | torch.device = "cpu"):
-        for name, images, ndim in (("cts", cts, 3), ("kvs", kvs, 3)):
+        for name, images in (("cts", cts), ("kvs", kvs)):
             shapes = {tuple(image.shape) for image in images}
-            if len(shapes) != 1 or len(next(iter(shapes))) != ndim:
-                raise ValueError(f"expected {name} of one shape with {ndim} dims, got {sorted(shapes)}: crop them alike")
+            if len(shapes) != 1 or len(next(iter(shapes))) != 3:
+                raise ValueError(f"expected {name} of one shape with 3 dims, got {sorted(shapes)}: crop them alike")
         if not pairs or any(not (0 <= kv < len(kvs) and 0 <= ct < len(cts)) for kv, ct in pairs):
             raise ValueError(f"expected pairs of a kV below {len(kvs)} and a CT below {len(cts)}, got {list(pairs)}: "
                              "use crossed_pairs or matched_pairs")
@@ -170,12 +175,14 @@ class GRSS:
         self.ct_spacing_z_mm = ct_spacing_z_mm
         self.kv_rows_per_mm = magnification / kv_pitch_mm
         self._pairs = torch.tensor(list(pairs), device=self.device)
-        self._ct_offset = torch.stack(torch.unravel_index(torch.arange(sampling.n_phases), sampling.ct_stride), 1).to(device)
+        offsets = torch.unravel_index(torch.arange(sampling.n_phases), sampling.ct_stride)
+        self._ct_offset = torch.stack(offsets, 1).to(device)
         self._kv_offset = phase_pairing(sampling).to(device)
         (z, y, x), (_, v, u) = cts[0].shape, kvs[0].shape
         (sz, sy, sx), k = sampling.ct_stride, sampling.kv_stride
         if z % sz or v % k:
-            raise ValueError(f"expected CT slices in multiples of {sz} and kV rows of {k}, got {z} and {v}: crop or pad first")
+            raise ValueError(f"expected CT slices in multiples of {sz} and kV rows of {k}, got {z} and {v}: "
+                             "crop or pad first")
         self.ct_shape, self.kv_shape = (z // sz, y // sy, x // sx), (v // k, u // k)
         # a row of a table is what one gather reads: a slice of one (y, x) phase, a detector row of one column phase
         ct = torch.stack([polyphase(c, (sy, sx)) for c in cts])  # ct, phase, z, y, x
@@ -185,7 +192,12 @@ class GRSS:
         self._slices, self._rows = z, v
 
     def __len__(self) -> int:
-        return len(self._pairs) * self.sampling.n_phases * len(self.sampling.shifts_mm)
+        return self.n_pairs * self.sampling.n_phases * len(self.sampling.shifts_mm)
+
+    @property
+    def n_pairs(self) -> int:
+        """How many pairs of a kV and a CT the set is made of."""
+        return len(self._pairs)
 
     @property
     def nbytes(self) -> int:
@@ -196,8 +208,8 @@ class GRSS:
         """The samples at `indices` (LongTensor (B,), 0 to len - 1). Raises IndexError beyond the set."""
         indices = torch.as_tensor(indices)
         if len(indices) and not (0 <= int(indices.min()) and int(indices.max()) < len(self)):
-            raise IndexError(f"expected indices from 0 to {len(self) - 1}, got {int(indices.min())} to {int(indices.max())}: "
-                             "draw them with sample_batch")
+            raise IndexError(f"expected indices from 0 to {len(self) - 1}, got {int(indices.min())} to "
+                             f"{int(indices.max())}: draw them with sample_batch")
         shifts_mm = self.sampling.shifts_mm
         shift_mm = shifts_mm[indices.cpu() % len(shifts_mm)].to(self.device)
         indices = indices.to(self.device) // len(shifts_mm)
@@ -218,7 +230,7 @@ class GRSS:
         return self.batch(torch.randint(len(self), (n,), generator=generator))
 
     def _gather(self, table, first, position, stride, length):
-        """Rows position + stride * k of the image that starts at row `first` of `table`, interpolated: (B, rows, width)."""
+        """Rows position + stride * k of the images that start at row `first` of `table`: (B * rows, width)."""
         cell = position.floor()
         taps = torch.tensor(_TAPS[self.interpolation], device=self.device)
         k = torch.arange(0, length, stride, device=self.device)

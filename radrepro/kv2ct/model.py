@@ -43,9 +43,11 @@ class ViTConfig:
         for side in ("encoder", "decoder"):
             dims, depths = getattr(self, f"{side}_dims"), getattr(self, f"{side}_depths")
             if depths and len(depths) != len(dims):
-                raise ValueError(f"expected {len(dims)} {side}_depths for {side}_dims {dims}, got {depths}: one per level")
+                raise ValueError(f"expected {len(dims)} {side}_depths for {side}_dims {dims}, got {depths}: "
+                                 "one per level")
             if not dims or any(d % self.head_dim for d in dims):
-                raise ValueError(f"expected {side}_dims in multiples of head_dim {self.head_dim}, got {dims}: change one")
+                raise ValueError(f"expected {side}_dims in multiples of head_dim {self.head_dim}, got {dims}: "
+                                 "change one")
 
 # %% ../../nbs/kv2ct/51_model.ipynb #489d4fcd
 class WindowAttention(nn.Module):
@@ -65,7 +67,7 @@ class WindowAttention(nn.Module):
         self.register_buffer("mask", self._mask(), persistent=False)
 
     def _mask(self) -> torch.Tensor | None:
-        """(windows, 1, tokens, tokens), True where a query may look; None where every token may see its whole window."""
+        """(windows, 1, tokens, tokens), True where a query may look; None where it may see its whole window."""
         if self.padded == self.plane and self.roll == (0, 0):
             return None
         # tokens of one window belong together where they touch: not across the rolled border, not with padding
@@ -99,7 +101,8 @@ class WindowAttention(nn.Module):
 class Block(nn.Module):
     """LN, windowed attention, LN, MLP, each with a residual: (B, h, w, dim) -> the same (Paper A, Fig. 1c, d)."""
 
-    def __init__(self, dim: int, plane: tuple[int, int], *, window: int, head_dim: int, mlp_ratio: float, shifted: bool):
+    def __init__(self, dim: int, plane: tuple[int, int], *, window: int, head_dim: int, mlp_ratio: float,
+                 shifted: bool):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.attention = WindowAttention(dim, plane, window=window, head_dim=head_dim, shifted=shifted)

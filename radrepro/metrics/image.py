@@ -48,12 +48,12 @@ def _difference_hu(a, b, mask) -> np.ndarray:
 
 # %% ../../nbs/metrics/20_image.ipynb #6f43eb91
 def mae_hu(a: xr.DataArray, b: xr.DataArray, mask=None) -> float:
-    """Mean absolute difference of two CTs, in HU, inside `mask`. Raises ValueError for other units (Paper A, Table 2)."""
+    """Mean absolute difference of two CTs in HU inside `mask` (Paper A, Table 2). Raises ValueError for other units."""
     return float(_difference_hu(a, b, mask).mean(dtype=np.float64))
 
 
 def mse(a, b, mask=None) -> float:
-    """Mean squared difference inside `mask`, in the square of the pictures' unit (Paper B, Table 1: CT scaled to 0..1)."""
+    """Mean squared difference inside `mask`, in the pictures' unit squared (Paper B, Table 1: CT scaled to 0..1)."""
     a, b = paired_values(a, b, mask)
     return float(np.square(a.astype(np.float32) - b.astype(np.float32)).mean(dtype=np.float64))
 

@@ -26,15 +26,16 @@ class Folding(NamedTuple):
 
 def folding_count(jacobian) -> Folding:
     """Voxels with det J <= 0 in a tensor, array or Volume of determinants (NaN raises ValueError; Paper B, Table 1)."""
-    j = jacobian.detach().cpu().numpy() if isinstance(jacobian, torch.Tensor) else np.asarray(jacobian)
-    if not np.isfinite(j).all():
+    # a tensor is counted on its own device
+    j = jacobian if isinstance(jacobian, torch.Tensor) else torch.from_numpy(np.asarray(jacobian))
+    if not torch.isfinite(j).all():
         raise ValueError("expected finite determinants, got NaN or infinity: the field that made them is broken")
     count = int((j <= 0).sum())
-    return Folding(count, 100.0 * count / j.size)
+    return Folding(count, 100.0 * count / j.numel())
 
 # %% ../../nbs/metrics/22_motion.ipynb #7cf4a854
 def dice(labels_a, labels_b, label: int = 1) -> float:
-    """Dice overlap (0..1) of the voxels that carry `label` in two label pictures (or masks); NaN where neither has it."""
+    """Dice overlap (0..1) of the voxels that carry `label` in two label pictures or masks; NaN where neither has it."""
     a, b = (v == label for v in paired_values(labels_a, labels_b))
     size = int(a.sum()) + int(b.sum())
     return 2.0 * int((a & b).sum()) / size if size else float("nan")
@@ -62,6 +63,7 @@ def tre_mm(fixed_zyx_mm, moving_zyx_mm, displacement: xr.DataArray | None = None
         index = ((p - origin) / spacing_mm(displacement)).T
         last = np.array(displacement.shape[1:])[:, None] - 1
         if (index < -0.5 - 1e-6).any() or (index > last + 0.5 + 1e-6).any():
-            raise ValueError("expected all landmarks inside of the field, got some outside: check order (z, y, x) and frame")
+            raise ValueError("expected all landmarks inside of the field, got some outside: "
+                             "check their order (z, y, x) and frame")
         p = p + np.stack([ndimage.map_coordinates(c, index, order=1, mode="nearest") for c in displacement.values], 1)
     return np.linalg.norm(p - q, axis=1)

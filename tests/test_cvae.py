@@ -64,6 +64,8 @@ def test_integrate_of_a_linear_velocity(stride, axis):
 def test_integrate_at_stride_one_is_the_exponential():
     v = torch.randn(1, 3, 8, 8, 8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(integrate(v, (8, 8, 8), SPACING_MM, stride=1), exp_velocity(v, SPACING_MM))
+    whole = integrate(v, (16, 16, 16), SPACING_MM, stride=2)  # padding is at the upper end, and cut off there
+    torch.testing.assert_close(integrate(v, (15, 16, 13), SPACING_MM, stride=2), whole[:, :, :15, :, :13])
     with pytest.raises(ValueError, match="covers"):
         integrate(v, (20, 8, 8), SPACING_MM, stride=2)
 

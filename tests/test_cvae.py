@@ -33,7 +33,8 @@ def batch(shape=SHAPE, k=1, n=2, seed=0):
 
 
 @settings(max_examples=12, deadline=None)
-@given(st.tuples(*[st.integers(5, 20)] * 3), st.sampled_from([1, 2, 4]), st.sampled_from(["global", "slice"]), st.integers(1, 2))
+@given(st.tuples(*[st.integers(5, 20)] * 3), st.sampled_from([1, 2, 4]), st.sampled_from(["global", "slice"]),
+       st.integers(1, 2))
 def test_any_size(shape, stride, mode, k):
     model = seeded(small(shape=shape, velocity_stride=stride, trace_mode=mode, trace_features=k, channels=(4, 4)))
     m, f, b_m, b_f = batch(shape, k)
@@ -73,8 +74,8 @@ def test_integrate_at_stride_one_is_the_exponential():
 def test_a_trace_acts_where_its_slice_is():
     """Slice form: a change from slice 48 on reaches as far as the kernels do, and no further.
 
-    1-D kernels and slope: 5 slices, to 43. Half resolution: 21. Quarter: 10, less 1 for the bottom: 9. Half again: 18, less
-    one each for the up-block, the tail and the head: 15."""
+    1-D kernels and slope: 5 slices, to 43. Half resolution: 21. Quarter: 10, less 1 for the bottom: 9. Half again: 18,
+    less one each for the up-block, the tail and the head: 15."""
     shape = (64, 8, 8)
     model = seeded(small(shape=shape, channels=(8, 8), velocity_stride=2), head=1.0)
     m, _, b_m, b_f = batch(shape)
@@ -131,7 +132,8 @@ def test_loss_in_closed_form(mu, logvar, weight):
     still = torch.zeros(2, 3, 6, 7, 5)
     told = loss(CVAEOutput(still, torch.full((2, 3), mu), torch.full((2, 3), logvar)), m, f, config=small(),
                 spacing_mm=SPACING_MM, kl_weight=weight)
-    kl = torch.distributions.kl_divergence(torch.distributions.Normal(mu, math.exp(logvar / 2)), torch.distributions.Normal(0.0, 1.0))
+    normal = torch.distributions.Normal
+    kl = torch.distributions.kl_divergence(normal(mu, math.exp(logvar / 2)), normal(0.0, 1.0))
     assert abs(float(told.kl) - 3 * float(kl)) < 1e-4
     torch.testing.assert_close(told.mse, ((m - f) ** 2).mean())
     torch.testing.assert_close(told.total, told.mse + weight * told.kl)
@@ -140,14 +142,15 @@ def test_loss_in_closed_form(mu, logvar, weight):
 @pytest.mark.parametrize("coarse", [1, 2])
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_loss_knows_the_right_displacement(axis, coarse):
-    """M holds what F shows, one velocity voxel further along one axis: pulling from there (+) undoes it, the sign matters."""
+    """M holds what F shows, further along one axis: pulling from there (+) undoes it, (-) does not."""
     f = torch.rand(1, 1, *[s // 2 for s in SHAPE], generator=torch.Generator().manual_seed(0))
     f = torch.nn.functional.interpolate(f, scale_factor=4, mode="trilinear")  # smooth, 24 x 28 x 20
     m = f.roll(4, 2 + axis)
     v = torch.zeros(1, 3, 12, 14, 10)
     v[:, axis] = 4 * SPACING_MM[axis]
-    value = lambda field: float(loss(CVAEOutput(field, torch.zeros(1, 3), torch.zeros(1, 3)), m, f, config=small(shape=f.shape[2:]),
-                                     spacing_mm=SPACING_MM, coarse=coarse).mse)
+    config, nought = small(shape=f.shape[2:]), torch.zeros(1, 3)
+    value = lambda field: float(loss(CVAEOutput(field, nought, nought), m, f, config=config, spacing_mm=SPACING_MM,
+                                     coarse=coarse).mse)
     assert value(v) < 0.45 * value(0 * v) and value(-v) > value(0 * v) * 0.8 and value(v) < 0.3 * value(-v)
 
 
@@ -164,7 +167,8 @@ def test_weights_on_disk(tmp_path):
     again = load(path, model.config)
     assert again.config == model.config and isinstance(again.config.shape, tuple)
     m, _, b_m, b_f = batch(k=2)
-    assert torch.equal(again.predict(m, b_m, b_f, spacing_mm=SPACING_MM).warped, model.predict(m, b_m, b_f, spacing_mm=SPACING_MM).warped)
+    before, after = (n.predict(m, b_m, b_f, spacing_mm=SPACING_MM).warped for n in (model, again))
+    assert torch.equal(before, after)
     with pytest.raises(ValueError, match=r"latent_dim 5 \(file: 3\)"):
         load(path, dataclasses.replace(model.config, latent_dim=5))
     json.dumps(dataclasses.asdict(model.config))
@@ -187,6 +191,7 @@ def test_wrong_input_is_told_apart():
         model.encode(m, f[:, 0])
     with pytest.raises(ValueError, match="trace_fixed: expected"):
         model.predict(m, b_m, b_f[:, :-2], spacing_mm=SPACING_MM)
-    for wrong in ({"trace_mode": "bellows"}, {"velocity_stride": 3}, {"velocity_stride": 4, "channels": (4,)}, {"shape": (12, 14)}):
+    for wrong in ({"trace_mode": "bellows"}, {"velocity_stride": 3}, {"velocity_stride": 4, "channels": (4,)},
+                  {"shape": (12, 14)}):
         with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: expected"):
             small(**wrong)

@@ -20,20 +20,22 @@ def breathing(amplitude, rate=0.0):
 
 
 def field(z_mm=0.0, y_mm=0.0, x_mm=0.0):
-    return volume(np.stack([np.broadcast_to(np.asarray(c, float), (28, 12, 14)) for c in (z_mm, y_mm, x_mm)]), **GRID, units="mm")
+    parts = [np.broadcast_to(np.asarray(c, float), (28, 12, 14)) for c in (z_mm, y_mm, x_mm)]
+    return volume(np.stack(parts), **GRID, units="mm")
 
 
 @settings(max_examples=15, deadline=None)
 @given(st.floats(-25, 25), st.floats(-6, 6), st.floats(0, 1), st.floats(0, 1), st.floats(-1, 1), st.floats(-1, 1))
 def test_uniform_motion_is_exact(alpha, beta, a_m, a_f, r_m, r_f):
     """Everything moves alike, so u = alpha (A_m - A_f) + beta (A'_m - A'_f), component by component."""
-    u = motion_displacement(field(alpha, 0.5 * alpha, -0.2 * alpha), field(beta, 0, beta), breathing(a_m, r_m), breathing(a_f, r_f))
+    u = motion_displacement(field(alpha, 0.5 * alpha, -0.2 * alpha), field(beta, 0, beta),
+                            breathing(a_m, r_m), breathing(a_f, r_f))
     expected = alpha * np.array([1, 0.5, -0.2]) * (a_m - a_f) + beta * np.array([1, 0, 1]) * (r_m - r_f)
     np.testing.assert_allclose(u.values, np.broadcast_to(expected[:, None, None, None], u.shape), atol=1e-3)
 
 
 def test_amplitude_is_that_of_the_slice_where_the_tissue_is():
-    """alpha = -20 mm everywhere, A_m(z) = 0.5 + z/400: y = x + u solves y = X_0 - 20 A_m(y), so y = (X_0 - 10) / (1 + 0.05)."""
+    """alpha = -20 mm everywhere, A_m(z) = 0.5 + z/400: y = X_0 - 20 A_m(y), so y = (X_0 - 10) / 1.05."""
     u = motion_displacement(field(-20), field(), breathing(0.5 + GRID["z"] / 400), breathing(0.0))
     inside = np.abs(GRID["z"]) < 100
     expected = (GRID["z"] - 10) / 1.05 - GRID["z"]

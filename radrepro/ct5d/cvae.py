@@ -27,7 +27,7 @@ class CVAEConfig:
     """Everything that shapes a CVAE. Raises ValueError for a setting that cannot be built.
 
     `shape`: slices, rows and columns (z, y, x) of the pictures. `trace_mode`: global (Paper B) or slice (ours).
-    `trace_features`: 1 for the amplitude, 2 with its rate in 1/s. `channels`: features at 1/2, 1/4, ... of the resolution.
+    `trace_features`: 1 for the amplitude, 2 with its rate in 1/s. `channels`: features at 1/2, 1/4, ... resolution.
     `latent_dim`: length of z. `embedding_dim`: length of the traces' vector (global). `trace_channels`: channels beside
     the features (slice). `velocity_stride`: 1, 2 or 4 voxels per velocity. `squarings`: of the exponential."""
 
@@ -45,12 +45,14 @@ class CVAEConfig:
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
         object.__setattr__(self, "channels", tuple(int(n) for n in self.channels))
         if self.trace_mode not in ("global", "slice"):
-            raise ValueError(f"trace_mode: expected global (Paper B) or slice (ours), got {self.trace_mode!r}: take one of them")
+            raise ValueError(f"trace_mode: expected global (Paper B) or slice (ours), got {self.trace_mode!r}: "
+                             "take one of them")
         if self.velocity_stride not in (1, 2, 4) or 2 ** len(self.channels) < self.velocity_stride:
             raise ValueError(f"velocity_stride: expected 1, 2 or 4, at most 2^{len(self.channels)} for these channels, "
                              f"got {self.velocity_stride}: lower it or add a level to channels")
         if len(self.shape) != 3 or min(self.shape) < 4:
-            raise ValueError(f"shape: expected (z, y, x) of 4 voxels or more, got {self.shape}: use the picture's shape")
+            raise ValueError(f"shape: expected (z, y, x) of 4 voxels or more, got {self.shape}: "
+                             "use the picture's shape")
 
     @property
     def padded(self) -> tuple[int, int, int]:
@@ -66,8 +68,8 @@ class CVAEConfig:
 def integrate(velocity_mm: torch.Tensor, shape, spacing_mm, *, stride: int, squarings: int = 7) -> torch.Tensor:
     """The displacement exp(v) in mm, (b, 3, *shape), of a velocity (b, 3, z', y', x') given on every `stride`-th voxel.
 
-    `shape`, `spacing_mm` (z, y, x): of the picture to be moved. Both grids begin at the same corner; the velocity's may end
-    later (padding), never earlier: ValueError."""
+    `shape`, `spacing_mm` (z, y, x): of the picture to be moved. Both grids begin at the same corner; the velocity's
+    may end later (padding), never earlier: ValueError."""
     padded = [n * stride for n in velocity_mm.shape[2:]]
     if any(n < wanted for n, wanted in zip(padded, shape)):
         raise ValueError(f"velocity_mm: expected a field that covers {tuple(shape)} voxels, got {tuple(padded)}: "
@@ -147,7 +149,8 @@ class CVAE(nn.Module):
         finest = int(math.log2(config.velocity_stride))
         skips = (1, *c)  # M itself, then its features at 1/2, 1/4, ...
         widths = [c[0], *c]
-        self.up = nn.ModuleList(_conv(widths[i + 1] + skips[i] + side, widths[i]) for i in range(len(c) - 1, finest - 1, -1))
+        self.up = nn.ModuleList(_conv(widths[i + 1] + skips[i] + side, widths[i])
+                                for i in range(len(c) - 1, finest - 1, -1))
         self.tail = _conv(widths[finest] + side, widths[finest])
         self.head = nn.Conv3d(widths[finest], 3, 3, padding=1)
         nn.init.normal_(self.moments.weight, std=0.01)
@@ -168,7 +171,8 @@ class CVAE(nn.Module):
                z: torch.Tensor) -> torch.Tensor:
         """The velocity in mm, (b, 3, z', y', x') with (z', y', x') = `config.velocity_shape`; z: (b, latent_dim)."""
         self._check_picture(moving, "moving")
-        b_m, b_f = (self._padded_trace(t, moving, n) for t, n in ((trace_moving, "trace_moving"), (trace_fixed, "trace_fixed")))
+        b_m = self._padded_trace(trace_moving, moving, "trace_moving")
+        b_f = self._padded_trace(trace_fixed, moving, "trace_fixed")
         told = self.traces(b_m, b_f)
         by_slice = self.config.trace_mode == "slice"
         joined = z if by_slice else torch.cat([z, told], 1)  # z~ = z (+) E_b(b_m, b_f)
@@ -194,9 +198,9 @@ class CVAE(nn.Module):
             h = layer(beside(F.interpolate(h, size=skip.shape[2:], mode="nearest"), skip))
         return self.head(self.tail(beside(h)))
 
-    def forward(self, moving: torch.Tensor, fixed: torch.Tensor, trace_moving: torch.Tensor, trace_fixed: torch.Tensor, *,
-                generator: torch.Generator | None = None) -> CVAEOutput:
-        """A training pass with z = mu + sigma * noise; the noise comes from `generator` (z = mu where there is none)."""
+    def forward(self, moving: torch.Tensor, fixed: torch.Tensor, trace_moving: torch.Tensor, trace_fixed: torch.Tensor,
+                *, generator: torch.Generator | None = None) -> CVAEOutput:
+        """A training pass with z = mu + sigma * noise, the noise drawn by `generator` (z = mu where there is none)."""
         mu, logvar = self.encode(moving, fixed)
         z = mu
         if generator is not None:
@@ -208,7 +212,7 @@ class CVAE(nn.Module):
                 z: torch.Tensor | None = None, generator: torch.Generator | None = None) -> Prediction:
         """`moving` as it would be under `trace_fixed`; F is not needed.
 
-        z (b, latent_dim) is taken as given, or drawn from N(0, I) by `generator` (Paper B), or 0 where neither is there."""
+        z (b, latent_dim) is taken as given, or drawn from N(0, I) by `generator` (Paper B), or 0 without either."""
         if z is None:
             shape = (moving.shape[0], self.config.latent_dim)
             z = torch.zeros(shape) if generator is None else _noise(shape, generator)
@@ -219,8 +223,8 @@ class CVAE(nn.Module):
 
     def _check_picture(self, picture: torch.Tensor, name: str) -> None:
         if picture.ndim != 5 or tuple(picture.shape[1:]) != (1, *self.config.shape):
-            raise ValueError(f"{name}: expected (b, 1, z, y, x) with (z, y, x) = {self.config.shape}, got {tuple(picture.shape)}: "
-                             "resample it, or build a model of that shape")
+            raise ValueError(f"{name}: expected (b, 1, z, y, x) with (z, y, x) = {self.config.shape}, "
+                             f"got {tuple(picture.shape)}: resample it, or build a model of that shape")
 
     def _padded_trace(self, trace: torch.Tensor, moving: torch.Tensor, name: str) -> torch.Tensor:
         expected = (moving.shape[0], self.config.shape[0], self.config.trace_features)
@@ -247,14 +251,16 @@ def loss(output: CVAEOutput, moving: torch.Tensor, fixed: torch.Tensor, *, confi
          kl_weight: float = 1e-4, coarse: int = 1) -> Loss:
     """The objective of Paper B, section 2.2, as mean square error plus `kl_weight` times the KL.
 
-    `moving`, `fixed`: (b, 1, z, y, x) in 0..1. `coarse`: both are averaged over this many voxels along each axis first; it
-    divides the velocity's stride, or is 1 (ValueError else)."""
+    `moving`, `fixed`: (b, 1, z, y, x) in 0..1. `coarse`: both are averaged over this many voxels along each axis
+    first; it divides the velocity's stride, or is 1 (ValueError else)."""
     if coarse < 1 or config.velocity_stride % coarse:
-        raise ValueError(f"coarse: expected a divisor of the velocity's stride {config.velocity_stride}, got {coarse}: use 1")
+        raise ValueError(f"coarse: expected a divisor of the velocity's stride {config.velocity_stride}, got {coarse}: "
+                         "use 1")
     if coarse > 1:
         moving, fixed = F.avg_pool3d(moving, coarse), F.avg_pool3d(fixed, coarse)
     spacing_mm = [s * coarse for s in spacing_mm]
-    displacement_mm = integrate(output.velocity_mm, moving.shape[2:], spacing_mm, stride=config.velocity_stride // coarse,
+    stride = config.velocity_stride // coarse
+    displacement_mm = integrate(output.velocity_mm, moving.shape[2:], spacing_mm, stride=stride,
                                 squarings=config.squarings)
     mse = F.mse_loss(warp(moving, displacement_mm, spacing_mm), fixed)
     # KL(N(mu, sigma) || N(0, I)) = 1/2 sum(mu^2 + sigma^2 - 1 - log sigma^2)
@@ -272,8 +278,8 @@ def save(model: CVAE, path: str | Path) -> Path:
 def load(path: str | Path, config: CVAEConfig | None = None) -> CVAE:
     """The model that `save` wrote, in eval mode on the CPU.
 
-    Raises FileNotFoundError, or ValueError where the file is damaged, holds another model, or (with `config`) was written
-    for another configuration."""
+    Raises FileNotFoundError, or ValueError where the file is damaged, holds another model, or (with `config`) was
+    written for another configuration."""
     if not Path(path).exists():
         raise FileNotFoundError(f"expected cVAE weights at {path}, found none: train them, or check the path")
     try:

@@ -18,7 +18,7 @@ __all__ = ['LinearMotion', 'population_model', 'motion_displacement']
 
 # %% ../../nbs/ct5d/60_linear.ipynb #ea31635e
 class LinearMotion(NamedTuple):
-    """The law of one (or the mean) patient: `alpha_mm` (mm per unit of amplitude), `beta_mm` (mm per 1/s), fields on one grid."""
+    """The law of one (or the mean) patient: fields `alpha_mm` (mm per unit of amplitude) and `beta_mm` (mm per 1/s)."""
 
     alpha_mm: xr.DataArray
     beta_mm: xr.DataArray
@@ -35,17 +35,18 @@ def population_model(patients: Sequence) -> LinearMotion:
     for p in patients:
         for name in ("alpha_mm", "beta_mm"):
             _check_field(getattr(p, name), reference, name)
-    return LinearMotion(*(like(sum(getattr(p, name).values.astype(np.float64) for p in patients) / len(patients), reference)
-                          for name in ("alpha_mm", "beta_mm")))
+    mean = lambda name: sum(getattr(p, name).values.astype(np.float64) for p in patients) / len(patients)
+    return LinearMotion(like(mean("alpha_mm"), reference), like(mean("beta_mm"), reference))
 
 
 def _check_field(field: xr.DataArray, reference: xr.DataArray, name: str) -> None:
     check(field, units="mm", name=name)
     if field.dims != (VECTOR, *AXES):
-        raise ValueError(f"{name}: expected a field with dims {(VECTOR, *AXES)}, got {field.dims}: stack its components z, y, x")
+        raise ValueError(f"{name}: expected a field with dims {(VECTOR, *AXES)}, got {field.dims}: "
+                         "stack its components z, y, x")
     if any(field.sizes[a] != reference.sizes[a] or not np.allclose(field[a], reference[a], atol=1e-3) for a in AXES):
-        raise ValueError(f"{name}: expected one common grid, got {tuple(field.shape[1:])} beside {tuple(reference.shape[1:])} "
-                         "or other coordinates: resample the fields first")
+        raise ValueError(f"{name}: expected one common grid, got {tuple(field.shape[1:])} beside "
+                         f"{tuple(reference.shape[1:])} or other coordinates: resample the fields first")
 
 # %% ../../nbs/ct5d/60_linear.ipynb #d76a4346
 def motion_displacement(alpha_mm: xr.DataArray, beta_mm: xr.DataArray, moving, fixed) -> xr.DataArray:
@@ -59,11 +60,11 @@ def motion_displacement(alpha_mm: xr.DataArray, beta_mm: xr.DataArray, moving, f
     for name, scan in (("moving", moving), ("fixed", fixed)):
         breathing = Breathing(scan.amplitude, scan.rate)
         for part, values in zip(breathing._fields, breathing):
-            step = abs(float(alpha_mm["z"][1] - alpha_mm["z"][0]))
-            z_mm = values["z"].values
-            if values.dims != ("z",) or z_mm.min() > alpha_mm["z"].min() + step or z_mm.max() < alpha_mm["z"].max() - step:
-                raise ValueError(f"{name}: expected {part} over the slices {float(alpha_mm['z'][0]):.0f}.."
-                                 f"{float(alpha_mm['z'][-1]):.0f} mm, got {z_mm.min():.0f}..{z_mm.max():.0f} mm: "
+            slices_mm, z_mm = alpha_mm["z"].values, values["z"].values
+            short_mm = max(z_mm.min() - slices_mm.min(), slices_mm.max() - z_mm.max())
+            if values.dims != ("z",) or short_mm > slices_mm[1] - slices_mm[0]:
+                raise ValueError(f"{name}: expected {part} over the slices {slices_mm[0]:.0f}..{slices_mm[-1]:.0f} mm, "
+                                 f"got {z_mm.min():.0f}..{z_mm.max():.0f} mm: "
                                  "pad the trace (radrepro.data.traces.slice_amplitudes)")
             if not np.isfinite(values.values).all():
                 raise ValueError(f"{name}: expected finite {part}, got NaN: repair the trace first")

@@ -19,7 +19,8 @@ from ..train.loop import Schedule, fit
 from ..train.presets import ViTFit
 
 # %% auto #0
-__all__ = ['OURS', 'LITERAL', 'Reading', 'Converter', 'fuse', 'full_size', 'flops_per_step', 'matched_plan']
+__all__ = ['OURS', 'LITERAL', 'SMOOTH_KNOTS', 'Reading', 'kv_disturbance', 'Converter', 'fuse', 'full_size', 'flops_per_step',
+           'matched_plan']
 
 # %% ../../nbs/kv2ct/52_fit.ipynb #df14b95b
 @dataclass(frozen=True)
@@ -38,7 +39,19 @@ class Reading:
 OURS = Reading()
 LITERAL = Reading(phase_code=False, per_position=False, mean_residual=False, standardise=False, mix_sessions=False, kv_noise=0.0, beta=1.0)
 
-# %% ../../nbs/kv2ct/52_fit.ipynb #1d9c338f
+# %% ../../nbs/kv2ct/52_fit.ipynb #7a94a8f8
+SMOOTH_KNOTS = (6, 12, 24)
+
+
+def kv_disturbance(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Noise for images of `shape` (B, 2, v, u): white with sd 1, plus smooth fields on 6, 12 and 24 knots a side with sd 1.5 at a knot."""
+    noise = torch.randn(shape, generator=generator)
+    for knots in SMOOTH_KNOTS:
+        field = torch.randn(*shape[:2], knots, knots, generator=generator)
+        noise = noise + 1.5 * F.interpolate(field, shape[-2:], mode="bicubic", align_corners=True)
+    return noise
+
+# %% ../../nbs/kv2ct/52_fit.ipynb #e5e12fc4
 class Converter:
     """One model of one patient: a kV pair in, HU in a box out. Untrained until `train` or `load`.
 
@@ -85,7 +98,7 @@ class Converter:
         target = (ct - self.ct_offset[batch.phase]) / self.ct_scale
         seen = self._input(kv, batch.phase)
         if self.reading.kv_noise:
-            seen = seen + self.reading.kv_noise * torch.randn(seen.shape, generator=generator).to(self.device)
+            seen = seen + self.reading.kv_noise * kv_disturbance(seen.shape, generator).to(self.device)
         return F.smooth_l1_loss(model(seen, batch.phase), target, beta=self.reading.beta)
 
     def train(self, folder: Path, report=None) -> list[float]:
@@ -109,7 +122,7 @@ class Converter:
         out = self.model(self._input(kv_phases(kv.float().to(self.device), self.sampling), phase), phase)
         return interleave(out * self.ct_scale + self.ct_offset, self.sampling.ct_stride).cpu()
 
-# %% ../../nbs/kv2ct/52_fit.ipynb #49d9f6b0
+# %% ../../nbs/kv2ct/52_fit.ipynb #532a77f4
 def fuse(primary_hu: torch.Tensor, secondary_hu: torch.Tensor, head_box: dict[str, slice]) -> torch.Tensor:
     """HU (Z, Y, X): the primary's volume with the secondary's in the head box."""
     fused = primary_hu.clone()
@@ -124,7 +137,7 @@ def full_size(hu: torch.Tensor, patient: Patient) -> xr.DataArray:
     side = int(512 / voxel_mm)
     return crop_or_pad(on_grid, (on_grid.sizes["z"], side, side), fill=-1000.0)
 
-# %% ../../nbs/kv2ct/52_fit.ipynb #ddb1a7e2
+# %% ../../nbs/kv2ct/52_fit.ipynb #2e4fddf9
 def flops_per_step(converter: Converter) -> int:
     """Floating-point operations of one training step (forward and backward) of a converter's model and batch size."""
     from torch.utils.flop_counter import FlopCounterMode

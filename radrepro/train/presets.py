@@ -50,7 +50,7 @@ class CT5DPreset:
     steps: int
     test_pairs: int  # ordered pairs of scans for each test patient
     batch: int = 4
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     warmup_steps: int = 20
     kl_weight: float = 1e-4
 
@@ -69,19 +69,18 @@ class Preset:
         return asdict(self)
 
 # %% ../../nbs/train/40_presets.ipynb #b413cbca
-_SMALL = dict(encoder_dims=(48, 96), decoder_dims=(48, 32))
 _PAPER = dict(encoder_dims=(96, 192, 384), decoder_dims=(384, 192, 96, 96))
 
 PRESETS: dict[str, Preset] = {p.name: p for p in (
     Preset("quick", "3",
-           KV2CTPreset(8, 10, ViTFit(3, (32,), (32,), 60), ViTFit(6, (32,), (32,), 40), 1, 4),
-           CT5DPreset((28, 32, 32), (11.0, 10.0, 11.0), 6, 1, 10, 4, 20, 2)),
-    Preset("laptop", "9",
-           KV2CTPreset(4, 10, ViTFit(6, (64,), (64,), 300), ViTFit(8, (64,), (64,), 250), 1, 6),
-           CT5DPreset((56, 64, 64), (5.7, 5.0, 5.6), 16, 2, 10, 8, 110, 2)),
+           KV2CTPreset(8, 10, ViTFit(7, (32,), (32,), 40), ViTFit(9, (32,), (32,), 40), 1, 2),
+           CT5DPreset((28, 32, 32), (11.0, 10.0, 11.0), 6, 1, 10, 4, 30, 1)),
+    Preset("laptop", "8",
+           KV2CTPreset(4, 10, ViTFit(14, (64,), (64,), 250), ViTFit(18, (64,), (64,), 250), 1, 4),
+           CT5DPreset((56, 64, 64), (5.7, 5.0, 5.6), 16, 2, 10, 8, 130, 2)),
     Preset("workstation", "38",
-           KV2CTPreset(4, 10, ViTFit(6, (64,), (64,), 1200), ViTFit(8, (64,), (64,), 1000), 2, 8),
-           CT5DPreset((56, 64, 64), (5.7, 5.0, 5.6), 36, 4, 10, 25, 600, 4)),
+           KV2CTPreset(4, 10, ViTFit(14, (128,), (128,), 600), ViTFit(18, (64,), (64,), 1000), 2, 8),
+           CT5DPreset((56, 64, 64), (5.7, 5.0, 5.6), 36, 4, 10, 25, 900, 4)),
     Preset("h200", "25 on one H200",
            KV2CTPreset(2, 10, ViTFit(3, **_PAPER, steps=4000, batch=64), ViTFit(7, **_PAPER, steps=3000, batch=48), 1, 8),
            CT5DPreset((112, 128, 128), (2.85, 2.5, 2.8), 36, 4, 10, 25, 5000, 4, batch=4)),

@@ -51,7 +51,7 @@ def table_1(patient: Patient) -> list[dict]:
     rows = []
     for model, sampling, volumes in (("primary", PRIMARY, cts), ("secondary", SECONDARY, [c[head] for c in cts])):
         samples = GRSS(volumes, kvs, crossed_pairs(len(kvs), len(cts)), sampling, ct_spacing_z_mm=1.0, kv_pitch_mm=1.0)
-        rows.append(dict(table=1, model=model, metric="samples", unit="1", detail="", value=len(samples)))
+        rows.append(dict(table=1, model=model, metric="samples", unit="1", detail="every kV with every CT", value=len(samples)))
     return rows
 
 

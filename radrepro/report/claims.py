@@ -26,8 +26,8 @@ def published() -> pd.DataFrame:
     published, published_sd."""
     rows = []
     for r in read_claims("kv2ct_table1").itertuples():
-        rows += [_tidy("A", 1, r.patient, "primary", "samples", "", r.n_primary),
-                 _tidy("A", 1, r.patient, "secondary", "samples", "", r.n_secondary)]
+        rows += [_tidy("A", 1, r.patient, "primary", "samples", "every kV with every CT", r.n_primary),
+                 _tidy("A", 1, r.patient, "secondary", "samples", "every kV with every CT", r.n_secondary)]
     t2 = read_claims("kv2ct_table2").set_index("patient")
     for patient in [str(p) for p in range(1, 11)] + ["printed_mean"]:
         name = "mean" if patient == "printed_mean" else patient

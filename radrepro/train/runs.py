@@ -140,7 +140,7 @@ class _Bar:
         stream = os.fdopen(os.dup(terminal), "w") if isinstance(terminal, int) else sys.stderr
         # Where no one watches (a log file) a line now and then is enough.
         self.bar = tqdm(total=100, file=stream, mininterval=0.5 if stream.isatty() else 20, dynamic_ncols=True, smoothing=0,
-                        bar_format=self.label + " {percentage:3.0f}%|{bar:20}| {elapsed} gone, {remaining} left | {postfix}")
+                        bar_format=self.label + " {percentage:3.0f}%|{bar:20}| {elapsed} gone, {remaining} left | {desc}")
         return self
 
     def __exit__(self, *_) -> None:
@@ -149,7 +149,7 @@ class _Bar:
     def show(self, name: str, fraction: float, text: str = "") -> None:
         self.done[name] = max(fraction, self.done.get(name, 0.0))
         share = sum(self.costs[k] * v for k, v in self.done.items()) / sum(self.costs.values())
-        self.bar.set_postfix_str(f"{name} {text} {fraction:.0%}", refresh=False)
+        self.bar.set_description_str(f"{name} {text} {fraction:.0%}", refresh=False)
         self.bar.update(max(100 * share - self.bar.n, 0))
 
 

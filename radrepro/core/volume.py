@@ -213,7 +213,8 @@ def write_nifti(v: xr.DataArray, path: str | Path) -> Path:
 
 def write_zarr(v: xr.DataArray, path: str | Path) -> Path:
     """Write a Volume (or any DataArray with units) as a zarr store; returns the path."""
-    v.rename("values").to_zarr(path, mode="w", consolidated=False)
+    # Component names are text, for which zarr 3 has no settled type; a field's are always z, y, x.
+    v.drop_vars(VECTOR, errors="ignore").rename("values").to_zarr(path, mode="w", consolidated=False)
     return Path(path)
 
 
@@ -223,4 +224,4 @@ def read_zarr(path: str | Path) -> xr.DataArray:
         raise FileNotFoundError(f"expected a zarr store at {path}, found none: run the stage that writes it")
     v = xr.open_zarr(path, consolidated=False)["values"].load()
     v.name = None
-    return v
+    return v.assign_coords({VECTOR: list(AXES)}) if VECTOR in v.dims else v

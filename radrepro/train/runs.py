@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,6 +27,7 @@ import radrepro
 __all__ = ['code_hash', 'run_stage', 'pick_device', 'provenance', 'Task', 'fan_out', 'PeakMemory']
 
 # %% ../../nbs/train/42_runs.ipynb #e67f392c
+@cache  # a process goes by the code that it started with, whatever is edited meanwhile
 def code_hash(packages: tuple[str, ...]) -> str:
     """SHA-256 (12 hex digits) over the sources of these sub-packages of radrepro, e.g. ("core", "data")."""
     digest = hashlib.sha256()

@@ -1,0 +1,103 @@
+"""Stages under bad conditions, and training that was interrupted."""
+import errno
+
+import pytest
+import torch
+
+from radrepro.train.loop import Schedule, fit
+from radrepro.train.runs import PeakMemory, Task, fan_out, run_stage
+
+
+def write(folder):
+    (folder / "numbers.txt").write_text("1 2 3")
+
+
+@pytest.mark.parametrize("damage", [
+    lambda f: (f / "numbers.txt").write_text("1 2 4"),
+    lambda f: (f / "numbers.txt").unlink(),
+    lambda f: (f / "stage.json").write_text("{"),
+    lambda f: (f / "stage.json").unlink(),
+    lambda f: (f / "more.txt").write_text("?"),
+])
+def test_a_damaged_stage_is_refused_and_named(tmp_path, damage):
+    folder = run_stage(tmp_path, "a/b", {"n": 1}, write, packages=("core",))
+    other = run_stage(tmp_path, "a/b", {"n": 2}, write, packages=("core",))
+    damage(folder)
+    with pytest.raises(ValueError, match=f"remove .*{folder.name} and start again"):
+        run_stage(tmp_path, "a/b", {"n": 1}, write, packages=("core",))
+    assert run_stage(tmp_path, "a/b", {"n": 2}, write, packages=("core",)) == other
+
+
+def test_a_full_disk_says_what_to_do_and_loses_nothing(tmp_path):
+    kept = run_stage(tmp_path, "a/b", {"n": 1}, write, packages=("core",))
+
+    def full(folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="free some space, or pass -p out_dir"):
+        run_stage(tmp_path, "a/b", {"n": 2}, full, packages=("core",))
+    assert run_stage(tmp_path, "a/b", {"n": 1}, write, packages=("core",)) == kept
+    run_stage(tmp_path, "a/b", {"n": 2}, write, packages=("core",))
+
+
+def test_other_disk_errors_are_not_dressed_up(tmp_path):
+    def forbidden(folder):
+        raise PermissionError(errno.EACCES, "no")
+
+    with pytest.raises(PermissionError):
+        run_stage(tmp_path, "a/b", {}, forbidden, packages=("core",))
+
+
+def loss_of(model, step, generator):
+    return (model(torch.randn(8, 3, generator=generator)) ** 2).mean()
+
+
+@pytest.mark.parametrize("stop", [1, 7, 19])
+def test_resumed_training_is_uninterrupted_training_to_the_bit(tmp_path, stop):
+    def network():
+        torch.manual_seed(1)
+        return torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1))
+
+    schedule = Schedule(20, 1e-2, 3)
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "killed").mkdir()
+    whole, killed = network(), network()
+    history = fit(whole, loss_of, schedule, seed=5, folder=tmp_path / "whole", checkpoint_seconds=0)
+
+    def dies(model, step, generator):
+        if step == stop:
+            raise KeyboardInterrupt
+        return loss_of(model, step, generator)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(killed, dies, schedule, seed=5, folder=tmp_path / "killed", checkpoint_seconds=0)
+    again = network()
+    assert fit(again, loss_of, schedule, seed=5, folder=tmp_path / "killed", checkpoint_seconds=0) == history
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values()))
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(tmp_path):
+    model = torch.nn.Linear(1, 1)
+    with pytest.raises(FloatingPointError, match="lower the learning rate"):
+        fit(model, lambda m, s, g: m(torch.ones(1, 1)).sum() * float("nan"), Schedule(3, 1e-3), seed=0, folder=tmp_path)
+
+
+def double(n, *, report):
+    report(0.5, "doubling")
+    if n < 0:
+        raise ValueError("expected n >= 0, got a negative one: pass another")
+    return 2 * n
+
+
+def test_fan_out_over_processes_keeps_order_and_names_the_task_that_failed():
+    with PeakMemory() as memory:
+        results = fan_out([Task("a", double, (1,)), Task("b", double, (2,), after=("a",))], workers=2)
+    assert results == {"a": 2, "b": 4} and memory.gib > 0.1
+    with pytest.raises(ValueError) as caught:
+        fan_out([Task("a", double, (1,)), Task("bad", double, (-1,))], workers=1)
+    assert "'bad'" in caught.value.__notes__[0]
+
+
+def test_repeated_task_names_are_refused():
+    with pytest.raises(ValueError, match="rename"):
+        fan_out([Task("a", double, (1,)), Task("a", double, (2,))], workers=0)

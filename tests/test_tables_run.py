@@ -1,0 +1,118 @@
+"""The main job as a newcomer runs it: README's command, twice, killed in the middle, and with bad input."""
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+
+from radrepro.report.claims import COLUMNS
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+README = (ROOT / "README.md").read_text()
+TIMES = ("seconds", "milliseconds")  # the only numbers that may differ between two runs
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
+    return [line for block in blocks for line in block.splitlines() if line and not line.startswith("#")]
+
+
+def papermill(out: Path, *parameters: str, **kwargs):
+    """README's quick command, with its own output folder."""
+    command = next(c for c in commands() if c.startswith("papermill") and "preset quick" in c)
+    words = shlex.split(command)
+    words[0], words[2] = str(BIN / "papermill"), str(out / "tables.ipynb")
+    out.mkdir(parents=True, exist_ok=True)
+    extra = [w for p in (f"out_dir={out}", *parameters) for w in ("-p", *p.split("=", 1))]
+    return subprocess.Popen([*words, *extra], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            start_new_session=True, env=os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}, **kwargs)
+
+
+def finished(out: Path, *parameters: str) -> str:
+    process = papermill(out, *parameters)
+    text, _ = process.communicate()
+    assert process.returncode == 0, text[-3000:]
+    return text
+
+
+def numbers(out: Path) -> pd.DataFrame:
+    tables = pd.concat([pd.read_csv(p, dtype={"patient": str}) for p in sorted((out / "tables").glob("*_table*.csv"))])
+    return tables[~tables.metric.isin(TIMES)].reset_index(drop=True)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """One uninterrupted quick run."""
+    out = tmp_path_factory.mktemp("run")
+    finished(out)
+    return out
+
+
+def test_readme_names_the_two_commands():
+    assert "make tables" in commands() and "make test" in commands()
+    for target in ("tables", "test"):
+        subprocess.run(["make", "-n", target, "VENV=no-such-venv"], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_readme_parameters_exist():
+    cells = nbformat.read(ROOT / "nbs" / "tables.ipynb", 4).cells
+    known = set(re.findall(r"^(\w+) =", next(c.source for c in cells if "parameters" in c.metadata.get("tags", [])), re.M))
+    used = {name for c in commands() for name in re.findall(r"-p (\w+) ", c)}
+    assert used and used <= known
+
+
+def test_rows_are_the_contract(run):
+    rows = numbers(run)
+    assert list(rows.columns) == COLUMNS and rows.ours.notna().all() and (rows.verdict != "").all()
+    assert {p.name for p in (run / "tables").iterdir()} >= {"a_table1.csv", "a_table2.csv", "a_table6.csv", "b_table1.csv", "summary.json",
+                                                             "headline.txt"}
+    assert set(rows[(rows.paper == "A") & (rows.table == 2)].model) >= {"fused", "primary", "mean_ct", "registration_1dof", "fused_wrong_kv"}
+    assert set(rows[rows.paper == "B"].model) == {"none", "population", "cvae_global", "cvae_slice", "truth"}
+    assert rows[rows.patient.ne("mean")].groupby(["paper", "table"]).patient.nunique().eq(10).all()
+    assert (rows.cohort == "phantom").all() and (rows.preset == "quick").all()
+
+
+def test_a_second_run_reads_and_a_killed_run_goes_on(run, tmp_path):
+    """kill -9 in the middle, the same command again: the same numbers, and nothing that was finished is made again."""
+    process = papermill(tmp_path)
+    while process.poll() is None and len(list(tmp_path.glob("stages/kv2ct/fit/*/stage.json"))) < 4:
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    time.sleep(3)  # the kernel and its workers notice that they are alone
+    kept = {p: p.stat().st_mtime_ns for p in tmp_path.glob("stages/*/*/*/stage.json")}
+    assert kept and not (tmp_path / "tables").exists()
+    finished(tmp_path)
+    assert all(p.stat().st_mtime_ns == t for p, t in kept.items())
+    pd.testing.assert_frame_equal(numbers(tmp_path), numbers(run), check_exact=True)
+    started = time.monotonic()
+    finished(tmp_path)
+    assert time.monotonic() - started < 60
+    pd.testing.assert_frame_equal(numbers(tmp_path), numbers(run), check_exact=True)
+
+
+@pytest.mark.parametrize(("parameter", "sentence"), [
+    ("preset=laptob", "expected preset to be one of"),
+    ("cohrt=real", "expected parameters among"),
+    ("cohort=clinical", "not built yet"),
+    ("device=gpu", "expected device auto, cpu or cuda"),
+])
+def test_bad_parameters_end_the_run_with_one_sentence(tmp_path, parameter, sentence):
+    process = papermill(tmp_path, parameter)
+    text, _ = process.communicate()
+    assert process.returncode != 0 and sentence in text.strip().splitlines()[-1]
+
+
+def test_missing_data_dir(tmp_path):
+    process = papermill(tmp_path, "cohort=real", f"data_dir={tmp_path / 'nowhere'}")
+    text, _ = process.communicate()
+    assert process.returncode != 0 and "use -p cohort phantom" in text.strip().splitlines()[-1]

@@ -9,7 +9,7 @@ BIN = $(VENV)/bin
 TORCH_INDEX ?=
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: tables test bench readme site clean
+.PHONY: tables test bench readme clean
 .DELETE_ON_ERROR:
 
 tables: $(VENV)/ready
@@ -21,14 +21,16 @@ tables: $(VENV)/ready
 	@cat $(OUT)/tables/headline.txt
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term --cov-fail-under=90
+	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term --cov-fail-under=90
 
 bench: $(VENV)/ready
 	@for script in $(if $(ONLY),benchmarks/$(ONLY).py,$(filter-out benchmarks/harness.py,$(wildcard benchmarks/*.py))); do \
 	  $(BIN)/python $$script || exit 1; done
 
+# README.md is nbs/index.ipynb, executed.
 readme: $(VENV)/ready
-	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --TagRemovePreprocessor.remove_cell_tags parameters nbs/index.ipynb --output-dir . --output README
+	$(BIN)/jupyter nbconvert --log-level ERROR --execute --to markdown --TagRemovePreprocessor.enabled=True \
+	  --TagRemovePreprocessor.remove_input_tags hide_input nbs/index.ipynb --output-dir . --output README
 
 # torch first: any other request would bring another build of it.
 $(VENV)/ready: constraints.txt settings.ini setup.py

@@ -1,5 +1,6 @@
 """Stages under bad conditions, and training that was interrupted."""
 import errno
+import shutil
 
 import pytest
 import torch
@@ -38,6 +39,28 @@ def test_a_full_disk_says_what_to_do_and_loses_nothing(tmp_path):
         run_stage(tmp_path, "a/b", {"n": 2}, full, packages=("core",))
     assert run_stage(tmp_path, "a/b", {"n": 1}, write, packages=("core",)) == kept
     run_stage(tmp_path, "a/b", {"n": 2}, write, packages=("core",))
+
+
+def test_a_full_disk_inside_safetensors_is_recognised(tmp_path):
+    from safetensors import SafetensorError
+
+    def full(folder):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(OSError, match="free some space"):
+        run_stage(tmp_path, "a/b", {}, full, packages=("core",))
+
+
+def test_a_stage_that_another_run_finished_meanwhile_is_taken(tmp_path):
+    def slow(folder):
+        write(folder)
+        shutil.copytree(folder, folder.with_suffix(""))
+        run_stage(tmp_path / "twin", "a/b", {}, write, packages=("core",))
+        twin = next((tmp_path / "twin").glob("stages/a/b/*/stage.json"))
+        shutil.copy(twin, folder.with_suffix("") / "stage.json")
+
+    folder = run_stage(tmp_path, "a/b", {}, slow, packages=("core",))
+    assert (folder / "numbers.txt").read_text() == "1 2 3"
 
 
 def test_other_disk_errors_are_not_dressed_up(tmp_path):

@@ -71,12 +71,18 @@ def test_readme_parameters_exist():
 
 def test_rows_are_the_contract(run):
     rows = numbers(run)
-    assert list(rows.columns) == COLUMNS and rows.ours.notna().all() and (rows.verdict != "").all()
+    assert list(rows.columns) == COLUMNS and rows.ours.notna().all()
+    assert set(rows.verdict.str.removesuffix(" (not in the paper)")) <= {"trend holds", "trend fails", "exact", "print is wrong", "no claim",
+                                                                         "not in the paper"}
+    counts = rows[(rows.table == 1) & (rows.paper == "A")]
+    assert list(counts[counts.verdict == "print is wrong"].patient) == ["1", "4", "6"] and "mean" not in set(counts.patient)
     assert {p.name for p in (run / "tables").iterdir()} >= {"a_table1.csv", "a_table2.csv", "a_table6.csv", "b_table1.csv", "summary.json",
                                                              "headline.txt"}
     assert set(rows[(rows.paper == "A") & (rows.table == 2)].model) >= {"fused", "primary", "mean_ct", "registration_1dof", "fused_wrong_kv"}
     assert set(rows[rows.paper == "B"].model) == {"none", "population", "cvae_global", "cvae_slice", "truth"}
     assert rows[rows.patient.ne("mean")].groupby(["paper", "table"]).patient.nunique().eq(10).all()
+    shifted = rows.query("model == 'fused' and detail == 'whole, shifted kV'")
+    assert len(shifted) == 11 and shifted.verdict.str.startswith("trend").all()
     assert (rows.cohort == "phantom").all() and (rows.preset == "quick").all()
 
 
@@ -105,6 +111,7 @@ def test_a_second_run_reads_and_a_killed_run_goes_on(run, tmp_path):
     ("cohrt=real", "expected parameters among"),
     ("cohort=clinical", "not built yet"),
     ("device=gpu", "expected device auto, cpu or cuda"),
+    ("seeds=0", "expected seeds to be a whole number"),
 ])
 def test_bad_parameters_end_the_run_with_one_sentence(tmp_path, parameter, sentence):
     process = papermill(tmp_path, parameter)

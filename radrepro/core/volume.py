@@ -3,6 +3,7 @@
 # %% ../../nbs/core/00_volume.ipynb #1a06a294
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 
 import nibabel
@@ -28,7 +29,7 @@ def volume(values, *, z, y, x, units: str) -> xr.DataArray:
     Raises ValueError where the array and the coordinates do not fit, or the coordinates are uneven."""
     values = np.asarray(values)
     coords = {"z": np.asarray(z, float), "y": np.asarray(y, float), "x": np.asarray(x, float)}
-    dims = AXES if values.ndim == 3 else (VECTOR, *AXES)
+    dims = (VECTOR, *AXES) if values.ndim == 4 else AXES
     if values.ndim == 4:
         coords = {VECTOR: list(AXES)} | coords
     expected = tuple(len(coords[d]) for d in dims)
@@ -48,8 +49,16 @@ def check(v: xr.DataArray, *, units: str | None = None, name: str = "volume", fi
                         "make one with radrepro.core.volume.volume")
     if v.dims not in (AXES, (VECTOR, *AXES)):
         raise ValueError(f"{name}: expected dims {AXES}, got {v.dims}: transpose it or name its dims")
+    missing = [a for a in v.dims if a not in v.coords]
+    if missing:
+        raise ValueError(f"{name}: expected coordinates along {v.dims}, got none along {missing}: "
+                         "make it with radrepro.core.volume.volume")
+    if VECTOR in v.dims and list(v[VECTOR].values) != list(AXES):
+        raise ValueError(f"{name}: expected components {list(AXES)}, got {v[VECTOR].values.tolist()}: reorder them")
     for axis in AXES:
         c = v[axis].values
+        if not np.isfinite(c).all():
+            raise ValueError(f"{name}: expected finite {axis} in mm, got NaN or infinite coordinates: set them")
         if len(c) > 1:
             steps = np.diff(c)
             if steps.min() <= 0 or np.ptp(steps) > 1e-3 * steps.mean():
@@ -148,9 +157,11 @@ def move(v: xr.DataArray, matrix: np.ndarray, *, fill: float, to=None, order: in
     source_origin = np.array([float(v[a][0]) for a in AXES])
     step = np.array([target[a][1] - target[a][0] if len(target[a]) > 1 else 1.0 for a in AXES])
     origin = np.array([target[a][0] for a in AXES])
+    # to 1e-9 voxels: what rounding puts a hair outside of the border would be filled
+    matrix_voxels = (linear * step / source_step[:, None]).round(9)
+    offset_voxels = ((linear @ origin + offset - source_origin) / source_step).round(9)
     values = ndimage.affine_transform(
-        v.values.astype(np.result_type(v.dtype, np.float32) if order else v.dtype),
-        linear * step / source_step[:, None], (linear @ origin + offset - source_origin) / source_step,
+        v.values.astype(np.result_type(v.dtype, np.float32) if order else v.dtype), matrix_voxels, offset_voxels,
         output_shape=tuple(len(target[a]) for a in AXES), order=order, cval=fill, mode="constant")
     return volume(values, **target, units=v.attrs["units"])
 
@@ -176,16 +187,20 @@ def read_nifti(path: str | Path, *, units: str = "HU") -> xr.DataArray:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"expected a NIfTI file at {path}, found none: check the path or data_dir")
-    image = nibabel.load(path)
+    try:
+        image = nibabel.load(path)
+        values = np.asanyarray(image.dataobj)
+    except (nibabel.filebasedimages.ImageFileError, OSError, EOFError, zlib.error) as e:
+        raise ValueError(f"{path.name}: expected a NIfTI file, got a damaged one ({str(e).splitlines()[0]}): copy it again") from None
     if len(image.shape) != 3:
         raise ValueError(f"{path.name}: expected three dimensions, got shape {image.shape}: split it first")
     lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ image.affine
     direction = lps[:3, :3] / np.linalg.norm(lps[:3, :3], axis=0)
     order = np.abs(direction).argmax(0)
-    if sorted(order) != [0, 1, 2] or np.abs(direction).max(0).min() < 1 - 1e-4:
-        raise ValueError(f"{path.name}: expected axes parallel to the patient's, got directions\n{direction.round(4)}\n"
+    tilt_deg = float(np.rad2deg(np.arcsin(min(1, np.sort(np.abs(direction), 0)[1].max()))))
+    if sorted(order) != [0, 1, 2] or not tilt_deg < 0.1:
+        raise ValueError(f"{path.name}: expected axes parallel to the patient's, got a tilt of {tilt_deg:.1f} degrees: "
                          "resample it to an upright grid first")
-    values = np.asanyarray(image.dataobj)
     coords = {}
     for axis in range(3):  # voxel axis -> patient axis order[axis]
         patient = int(order[axis])

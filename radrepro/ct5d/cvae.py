@@ -212,7 +212,11 @@ class CVAE(nn.Module):
                 z: torch.Tensor | None = None, generator: torch.Generator | None = None) -> Prediction:
         """`moving` as it would be under `trace_fixed`; F is not needed.
 
-        z (b, latent_dim) is taken as given, or drawn from N(0, I) by `generator` (Paper B), or 0 without either."""
+        z (b, latent_dim) is taken as given, or drawn from N(0, I) by `generator` (Paper B), or 0 without either.
+        Raises ValueError for NaN, which `warp` would hide."""
+        for name, given in (("moving", moving), ("trace_moving", trace_moving), ("trace_fixed", trace_fixed)):
+            if not torch.isfinite(given).all():
+                raise ValueError(f"{name}: expected finite numbers, got NaN or infinity: repair it first")
         if z is None:
             shape = (moving.shape[0], self.config.latent_dim)
             z = torch.zeros(shape) if generator is None else _noise(shape, generator)

@@ -53,25 +53,26 @@ def predict(model: CVAE, moving: Scan, fixed: Scan, *, generator: torch.Generato
 
 # %% ../../nbs/ct5d/66_evaluate.ipynb #9ae53ae5
 def draw_pairs(patient: ThoraxPatient, n: int) -> list[tuple[int, int, int]]:
-    """`n` triples (moving, fixed, other) of scan numbers: every second pair from the quarter with the largest motion."""
-    means = np.array([float(s.amplitude.mean()) for s in patient.scans])
-    pairs = sorted(((i, j) for i in range(len(means)) for j in range(len(means)) if i != j), key=lambda p: -abs(means[p[0]] - means[p[1]]))
+    """`n` triples (moving, fixed, other) of different scan numbers, no (moving, fixed) twice.
+
+    Raises ValueError where there are fewer pairs than `n`, or fewer than three scans."""
+    scans = range(len(patient.scans))
+    pairs = [(i, j) for i in scans for j in scans if i != j]
+    if n > len(pairs) or len(scans) < 3:
+        raise ValueError(f"expected at least three scans and {n} ordered pairs, got {len(scans)} and {len(pairs)}: ask for fewer pairs")
     rng = np.random.default_rng([patient.number, 5])
-    chosen = []
-    for k in range(n):
-        pool = pairs[: max(len(pairs) // 4, 1)] if k % 2 == 0 else pairs
-        i, j = pool[rng.integers(len(pool))]
-        far = np.argsort(-np.abs(means - means[j]), kind="stable")
-        chosen.append((i, j, int(next(o for o in far if o not in (i, j)))))
-    return chosen
+    chosen = [pairs[k] for k in rng.permutation(len(pairs))[:n]]
+    return [(i, j, int(rng.choice([o for o in scans if o not in (i, j)]))) for i, j in chosen]
 
 
 def evaluate_patient(patient: ThoraxPatient, models: dict[str, CVAE], population, n_pairs: int, *, device: str = "cpu") -> pd.DataFrame:
-    """Rows model, metric, unit, detail, value: means over `n_pairs` pairs of one test patient.
+    """Rows model, metric, unit, detail, value, sd, count: means over `n_pairs` pairs of one test patient.
 
     `models`: name -> cVAE. `population`: (alpha_mm, beta_mm) of the mean training patient."""
     rows = []
     scales = ms_ssim_scales(patient.scans[0].ct.shape)
+    for model in models.values():  # the first call pays for set-up
+        predict(model, patient.scans[0], patient.scans[1], device=device)
     for i, j, other in draw_pairs(patient, n_pairs):
         moving, fixed = patient.scans[i], patient.scans[j]
         mask = dilate_mask(patient.lung_mask_in(fixed), 10.0)
@@ -81,20 +82,27 @@ def evaluate_patient(patient: ThoraxPatient, models: dict[str, CVAE], population
             u = to_tensor(field)
             rows += [r | {"model": name} for r in pair_metrics(warp(image, u, step), fixed, mask, u)]
         for name, model in models.items():
+            sampled = name == "cvae_global"
+
+            def ask(scan: Scan, draw: bool, model=model, i=i, j=j) -> tuple[torch.Tensor, torch.Tensor]:
+                generator = torch.Generator().manual_seed(1000 * i + j) if draw else None
+                warped, u = predict(model, moving, scan, generator=generator, device=device)
+                return warped.cpu(), u.cpu()  # which waits for a GPU to finish
+
             started = time.perf_counter()
-            warped, u = predict(model, moving, fixed, device=device)
+            warped, u = ask(fixed, sampled)
             seconds = time.perf_counter() - started
-            rows += [r | {"model": name} for r in pair_metrics(warped.cpu(), fixed, mask, u.cpu())]
+            rows += [r | {"model": name} for r in pair_metrics(warped, fixed, mask, u)]
             rows.append(dict(model=name, metric="seconds", unit="s", detail="a scan", value=seconds))
-            generator = torch.Generator().manual_seed(1000 * i + j)
-            for text, scan, draw in ((", swapped trace", patient.scans[other], None), (", z ~ N(0, I)", fixed, generator)):
-                asked = Scan(fixed.ct, scan.amplitude, scan.rate, scan.direction)
-                warped, _ = predict(model, moving, asked, generator=draw, device=device)
-                rows.append(dict(model=name, metric="masked_mse", unit="1", detail=MASK + text, value=mse(from_tensor(warped.cpu(), fixed.ct), fixed.ct, mask)))
+            for text, scan, draw in ((", swapped trace", patient.scans[other], sampled),
+                                     (", z = 0" if sampled else ", z ~ N(0, I)", fixed, not sampled)):
+                warped, _ = ask(scan, draw)
+                rows.append(dict(model=name, metric="masked_mse", unit="1", detail=MASK + text,
+                                 value=mse(from_tensor(warped, fixed.ct), fixed.ct, mask)))
     table = pd.DataFrame(rows)
     table.loc[table.metric == "ms_ssim", "unit"] = f"1, {scales} scales, kernel 5"
     keys = ["model", "metric", "unit", "detail"]
-    return table.groupby(keys, sort=False).value.mean().reset_index()
+    return table.groupby(keys, sort=False).value.agg(value="mean", sd="std", count="size").reset_index()
 
 # %% ../../nbs/ct5d/66_evaluate.ipynb #5585da79
 PACKAGES = ("core", "data", "metrics", "train", "ct5d")

@@ -11,7 +11,7 @@ from pathlib import Path
 KINDS = ("phantom", "real", "clinical")
 
 # %% auto #0
-__all__ = ['KINDS', 'find_data_dir', 'HeadNeckCase', 'headneck_cases', 'ThoraxCase', 'thorax_cases']
+__all__ = ['KINDS', 'LONGEST_RUN_S', 'find_data_dir', 'HeadNeckCase', 'headneck_cases', 'ThoraxCase', 'thorax_cases']
 
 # %% ../../nbs/data/14_cohorts.ipynb #fe201437
 def find_data_dir(data_dir: str | Path = "") -> Path:
@@ -35,10 +35,12 @@ def _check_kind(kind: str) -> None:
         raise ValueError(f"expected cohort to be one of {KINDS}, got {kind!r}: pass -p cohort phantom")
 
 
-def _fingerprint(folder: str) -> str:
+def _fingerprint(*paths: str) -> str:
+    """SHA-256 (12 hex digits) over the files at, or in, `paths`: what a real case's numbers depend on."""
     digest = hashlib.sha256()
-    for path in sorted(Path(folder).glob("*.nii.gz")):
-        digest.update(path.name.encode() + path.read_bytes())
+    for given in filter(None, paths):
+        for path in [Path(given)] if Path(given).is_file() else sorted(p for p in Path(given).iterdir() if p.is_file()):
+            digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
 # %% ../../nbs/data/14_cohorts.ipynb #5234b6f3
@@ -73,9 +75,6 @@ def headneck_cases(kind: str, n: int, *, data_dir: str | Path = "", seed: int = 
     from radrepro.data.headneck import find_headneck
 
     folders = find_headneck(find_data_dir(data_dir))
-    if not folders:
-        raise FileNotFoundError(f"expected folders hn_* or head_* with a ct.nii.gz in {find_data_dir(data_dir)}, found none: "
-                                "see the layout in guides, or use -p cohort phantom")
     return [HeadNeckCase(i + 1, kind, str(f), seed) for i, f in enumerate(folders[:n])]
 
 # %% ../../nbs/data/14_cohorts.ipynb #0b962258
@@ -88,21 +87,34 @@ class ThoraxCase:
     split: str
     folder: str = ""
     landmarks: str = ""
+    trace: str = ""
     seed: int = 0
 
     def key(self) -> dict:
         """What changes this patient's numbers, for a stage's key."""
         return {"number": self.number, "kind": self.kind, "seed": self.seed} | (
-            {"content": _fingerprint(self.folder)} if self.folder else {})
+            {"content": _fingerprint(self.folder, self.landmarks, self.trace)} if self.folder else {})
 
     def load(self, shape: tuple[int, int, int], voxel_mm: tuple[float, float, float], scans: int):
         """The `radrepro.data.thorax.ThoraxPatient` with `scans` free-breathing scans on a grid of `shape` (z, y, x)."""
         from radrepro.data.thorax import phantom_thorax, real_thorax
+        from radrepro.data.traces import read_trace
 
         size = {"shape": tuple(shape), "voxel_mm": tuple(voxel_mm), "n_scans": scans, "seed": self.seed}
         if self.folder:
-            return real_thorax(Path(self.folder), self.number, landmarks=Path(self.landmarks), **size)
+            trace = read_trace(self.trace) if self.trace else None
+            return real_thorax(Path(self.folder), self.number, landmarks=Path(self.landmarks), trace=trace, **size)
         return phantom_thorax(self.number, **size)
+
+
+LONGEST_RUN_S = 100.0
+
+
+def _lasts(path: Path, seconds: float) -> bool:
+    from radrepro.data.traces import read_trace
+
+    time_s = read_trace(path)["time"]
+    return float(time_s[-1] - time_s[0]) >= seconds
 
 
 def thorax_cases(kind: str, *, train: int, validation: int, test: int, data_dir: str | Path = "",
@@ -112,13 +124,18 @@ def thorax_cases(kind: str, *, train: int, validation: int, test: int, data_dir:
     tests = [ThoraxCase(i + 1, "phantom", "test", seed=seed) for i in range(test)]
     if kind == "real":
         from radrepro.data.thorax import find_thoraxes
+        from radrepro.data.traces import find_traces
 
         root = find_data_dir(data_dir)
         folders, marks = find_thoraxes(root), sorted(root.glob("lung_landmarks_*"))
         if not folders or not marks:
             raise FileNotFoundError(f"expected thorax_*/ct.nii.gz and lung_landmarks_*/*.csv in {root}, found {len(folders)} and "
                                     f"{len(marks)}: add them, or use -p cohort phantom")
-        tests = [ThoraxCase(i + 1, "real", "test", str(f), str(marks[0]), seed) for i, f in enumerate(folders[:test])]
-    others = [ThoraxCase(100 + i, "phantom", "validation" if i < validation else "train", seed=seed)
+        # The longest recordings: 25 scans take almost two minutes. Without any, the trace is synthetic.
+        traces = sorted(find_traces(root), key=lambda p: (-p.stat().st_size, p.name)) if list(root.glob("traces_*")) else [""]
+        traces = [t for t in traces if t == "" or _lasts(t, LONGEST_RUN_S)] or [""]
+        tests = [ThoraxCase(i + 1, "real", "test", str(f), str(marks[0]), str(traces[i % len(traces)]), seed)
+                 for i, f in enumerate(folders[:test])]
+    others = [ThoraxCase(max(100, test + 1) + i, "phantom", "validation" if i < validation else "train", seed=seed)
               for i in range(validation + train)]
     return tests + others

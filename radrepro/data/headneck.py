@@ -115,7 +115,7 @@ def find_headneck(data_dir: str | Path) -> list[Path]:
     if not found:
         raise FileNotFoundError(
             f"expected a case (ct.nii.gz in hn_*/ or head_*/, or one level down) in {root}, found none: "
-            "see the README of the data for the layout"
+            "the layout is in nbs/data/14_cohorts.ipynb"
         )
     return found
 
@@ -158,6 +158,10 @@ def real_patient(
     ct, body, structures = ct.clip(AIR_HU, 3071, keep_attrs=True), body_of(ct), read_structures(folder)
     if not body.any():
         raise ValueError(f"the CT of {folder.name}: expected a patient, got no connected tissue: check its units")
+    tissue = float(np.median(ct.values[body.values]))
+    if not -150 <= tissue <= 150:
+        raise ValueError(f"the CT of {folder.name}: expected HU (soft tissue near 0), got a median of {tissue:.0f} in the body: "
+                         "check the rescale slope and intercept")
     move_by = dict(zip("xyz", _at_isocentre(ct, body, structures)))
     ct, body, *others = (
         v.assign_coords({a: v[a] + move_by[a] for a in AXES}) for v in (ct, body, *structures.values())

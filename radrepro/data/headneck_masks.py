@@ -33,7 +33,12 @@ def read_structures(folder: Path) -> dict[str, xr.DataArray]:
     """Bool Volumes by our names, on their own grid; of several targets a CTV before a PTV, then the highest dose."""
     index = Path(folder) / "labels.json"
     found: dict[str, tuple] = {}
-    for file, labels in (json.loads(index.read_text()) if index.is_file() else {}).items():
+    try:
+        named = json.loads(index.read_text()) if index.is_file() else {}
+    except ValueError as e:
+        raise ValueError(f"{index.parent.name}/labels.json: expected JSON, got a broken file ({e}): repair it, or remove it "
+                         "and do without structures") from None
+    for file, labels in named.items():
         if file.endswith(".nii.gz") and isinstance(labels, dict):
             mask = read_nifti(Path(folder) / file, units="1")
             for label, value in labels.items():

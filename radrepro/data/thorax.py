@@ -250,7 +250,11 @@ def _labels_of(folder, ct):
     if raw.shape != ct.shape or any(abs(raw[a].values - ct[a].values).max() > 0.1 for a in AXES):
         raise ValueError(f"{folder.name}: expected labels on the grid of ct.nii.gz, got "
                          f"{raw.shape} against {ct.shape}: resample them")
-    names = json.loads((folder / "labels.json").read_text())
+    try:
+        names = json.loads((folder / "labels.json").read_text())
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{folder.name}: expected labels.json beside labels.nii.gz, got none that can be read "
+                         f"({type(e).__name__}): add it, or remove labels.nii.gz") from None
     names = names.get("labels.nii.gz", names)
     table = np.zeros(int(max([raw.values.max(), *names.values()])) + 1, np.uint8)
     for name, value in names.items():

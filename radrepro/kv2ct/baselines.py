@@ -24,7 +24,13 @@ def prior_cts(patient: Patient) -> list[torch.Tensor]:
 
 # %% ../../nbs/kv2ct/53_baselines.ipynb #c2bd6bb2
 def search_minimum(cost, *, half_range_mm: float, step_mm: float = 0.1) -> float:
-    """The s in [-half_range, half_range] mm with the least `cost(s)`: steps of 1 mm, then `step_mm`; on the grid of `step_mm`."""
+    """The s in [-half_range, half_range] mm with the least `cost(s)`, on the grid of `step_mm`.
+
+    Up to a range of 1 mm every candidate is tried (21 at 0.1 mm, Paper A); beyond it steps of 1 mm, then `step_mm` around the best."""
+    if half_range_mm <= 1:
+        n = round(half_range_mm / step_mm)
+        candidates = np.arange(-n, n + 1) * step_mm
+        return float(candidates[int(np.argmin([cost(float(s)) for s in candidates]))])
     coarse = np.arange(-half_range_mm, half_range_mm + 1e-9, 1.0)
     best = coarse[int(np.argmin([cost(float(s)) for s in coarse]))]
     fine = best + np.arange(-round(1 / step_mm), round(1 / step_mm) + 1) * step_mm

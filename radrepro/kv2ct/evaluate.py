@@ -95,7 +95,9 @@ def table_6(patient: Patient, models: dict, shifts_mm: list[float]) -> list[dict
                 measured.setdefault((6, name, "shift_error", "mm", detail), []).append(error)
             error = shift_error(predict(truly), truth, shift, step, half_range_mm=UNBOUNDED_MM)
             measured.setdefault((6, name, "shift_error", "mm", "re-projected, unbounded, cubic"), []).append(error)
-    return [dict(zip(("table", "model", "metric", "unit", "detail"), k)) | {"value": float(np.mean(v))} for k, v in measured.items()]
+    names = ("table", "model", "metric", "unit", "detail")
+    return [dict(zip(names, k)) | {"value": float(np.mean(v)), "sd": float(np.std(v, ddof=1)) if len(v) > 1 else np.nan, "count": len(v)}
+            for k, v in measured.items()]
 
 # %% ../../nbs/kv2ct/54_evaluate.ipynb #7392f07a
 PACKAGES = ("core", "data", "metrics", "train", "kv2ct")
@@ -107,12 +109,13 @@ def residual_curve(numbers: list[int], voxel_mm: int, residuals_mm: tuple[float,
     rows = []
     for residual in residuals_mm:
         for number in numbers:
+            # the same anatomies and directions of the residual at every size of it
             patient = phantom_patient(number, voxel_mm=voxel_mm, seed=2, set_up=SetUp(residual_mm=residual))
             found = registered_training_ct(patient, torch.from_numpy(patient.test.kvs[0].values))
             step = float(patient.planning.z[1] - patient.planning.z[0])
             error = shift_error(found, torch.from_numpy(patient.test.ct.values).float(), 0.0, step, half_range_mm=UNBOUNDED_MM)
-            rows.append(dict(table=6, model="registration_1dof", metric="shift_error", unit="mm", detail=f"unbounded, residual sd {residual} mm",
-                             patient=number, value=error))
+            rows.append(dict(table=6, model="registration_1dof", metric="shift_error", unit="mm", 
+                             detail=f"unbounded, residual sd {residual} mm, {voxel_mm} mm voxels", cohort="phantom", patient=number, value=error))
     return rows
 
 
@@ -193,6 +196,8 @@ def _measure(patient: Patient, converters: list[Converter], n_shifts: int) -> tu
     mean_ct = volumes["mean_ct"]
     values += table_6(patient, {"fused": fused, "primary_matched": lone.predict, "mean_ct": lambda kv: mean_ct,
                                 "registration_1dof": lambda kv: registered_training_ct(patient, kv)}, shifts_mm)
+    if literal:
+        values += table_6(patient, {"fused_literal": lambda kv: fuse(literal[0].predict(kv), literal[1].predict(kv), head)}, shifts_mm)
     return values, {k: volumes[k] for k in ("fused", "primary", "primary_matched")} | {"truth": torch.from_numpy(patient.test.ct.values)}
 
 
@@ -201,7 +206,7 @@ def tasks(preset: Preset, cohort: str, data_dir: str, out_dir: str, device: str,
     plan = preset.kv2ct
     cost = plan.primary.steps * 2.5 + plan.secondary.steps
     numbers = [1] if preset.name == "quick" else list(range(1, 6))
-    curve = Task("A: residual curve", run_residuals, (numbers, 8, str(out_dir)), cost=20.0)
+    curve = Task("A: residual curve", run_residuals, (numbers, plan.voxel_mm if plan.voxel_mm >= 4 else 4, str(out_dir)), cost=100.0)
     return [curve] + [Task(f"A: patient {case.number}" + (f", seed {seed}" if len(seeds) > 1 else ""), run_patient,
                  (case, preset.name, seed, str(out_dir), device), cost=cost * (1.3 if case.number <= plan.literal_patients else 1.0))
             for seed in seeds for case in headneck_cases(cohort, plan.patients, data_dir=data_dir)]

@@ -3,17 +3,19 @@
 # %% ../../nbs/kv2ct/52_fit.ipynb #6a640c63
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import json
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import xarray as xr
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from ..core.volume import AXES, crop_or_pad, like
 from ..data.headneck import Patient
-from .grss import GRSS, PRIMARY, SECONDARY, interleave, kv_phases, matched_pairs, polyphase
+from .grss import GRSS, PRIMARY, SECONDARY, crossed_pairs, interleave, kv_phases, matched_pairs, polyphase
 from .model import HierarchicalViT, ViTConfig
 from ..train.loop import Schedule, fit
 from ..train.presets import ViTFit
@@ -32,12 +34,14 @@ class Reading:
     mean_residual: bool = True
     standardise: bool = True
     mix_sessions: bool = True
-    kv_noise: float = 1.0
+    disturb_kv: bool = True
+    crossed_pairs: bool = False
     beta: float = 0.05
 
 
 OURS = Reading()
-LITERAL = Reading(phase_code=False, per_position=False, mean_residual=False, standardise=False, mix_sessions=False, kv_noise=0.0, beta=1.0)
+LITERAL = Reading(phase_code=False, per_position=False, mean_residual=False, standardise=False, mix_sessions=False,
+                  disturb_kv=False, crossed_pairs=True, beta=1.0)
 
 # %% ../../nbs/kv2ct/52_fit.ipynb #7a94a8f8
 SMOOTH_KNOTS = (6, 12, 24)
@@ -61,12 +65,15 @@ class Converter:
         if which not in ("primary", "secondary"):
             raise ValueError(f"expected primary or secondary, got {which!r}: choose one of the paper's two models")
         self.which, self.plan, self.reading, self.device, self.seed = which, plan, reading, device, seed
+        self.made_for = {"patient": f"{patient.kind} {patient.number} ({patient.source})", "which": which, "reading": asdict(reading)}
+        self.kv_sizes = dict(patient.test.kvs[0].sizes)
         self.sampling = PRIMARY if which == "primary" else SECONDARY
         self.box = {a: slice(0, patient.planning.sizes[a]) for a in AXES} if which == "primary" else patient.head_box
         self.geometry = patient.geometry
         kvs = [(torch.from_numpy(kv.values), i) for i, s in enumerate(patient.training) for kv in s.kvs]
         cts = [torch.from_numpy(s.ct.isel(self.box).values).float() for s in patient.training]
-        self.samples = GRSS(cts, [k for k, _ in kvs], matched_pairs([i for _, i in kvs]), self.sampling,
+        pairs = crossed_pairs(len(kvs), len(cts)) if reading.crossed_pairs else matched_pairs([i for _, i in kvs])
+        self.samples = GRSS(cts, [k for k, _ in kvs], pairs, self.sampling,
                             ct_spacing_z_mm=float(patient.planning.z[1] - patient.planning.z[0]),
                             kv_pitch_mm=patient.geometry.pixel_mm, magnification=patient.geometry.magnification, device=device)
         mean_kv, mean_ct = torch.stack([k for k, _ in kvs]).mean(0), torch.stack(cts).mean(0)
@@ -78,6 +85,7 @@ class Converter:
         config = ViTConfig(kv_shape=self.samples.kv_shape, out_shape=self.samples.ct_shape, n_phases=self.sampling.n_phases,
                            patch=plan.patch, encoder_dims=plan.encoder_dims, decoder_dims=plan.decoder_dims,
                            phase_code=reading.phase_code, per_position=reading.per_position)
+        self.made_for |= {"model": asdict(config)}
         self.model = HierarchicalViT(config, seed=1000 * seed + patient.number).to(device)
 
     def _input(self, kv: torch.Tensor, phase: torch.Tensor) -> torch.Tensor:
@@ -97,27 +105,54 @@ class Converter:
             kv, ct = torch.lerp(kv, other.kv, share[:, None, None, None]), torch.lerp(ct, other.ct, share[:, None, None, None])
         target = (ct - self.ct_offset[batch.phase]) / self.ct_scale
         seen = self._input(kv, batch.phase)
-        if self.reading.kv_noise:
-            seen = seen + self.reading.kv_noise * kv_disturbance(seen.shape, generator).to(self.device)
+        if self.reading.disturb_kv:
+            seen = seen + self.plan.kv_noise * kv_disturbance(seen.shape, generator).to(self.device)
         return F.smooth_l1_loss(model(seen, batch.phase), target, beta=self.reading.beta)
 
     def train(self, folder: Path, report=None) -> list[float]:
         """Fit, or go on from the checkpoint in `folder`, and write `model.safetensors` there; returns the losses."""
         schedule = Schedule(self.plan.steps, self.plan.learning_rate, self.plan.warmup_steps)
         history = fit(self.model, self.loss, schedule, seed=self.seed, folder=folder, device=self.device, report=report)
-        save_file({k: v.contiguous().cpu() for k, v in self.model.state_dict().items()}, Path(folder) / "model.safetensors")
+        save_file({k: v.contiguous().cpu() for k, v in self.model.state_dict().items()}, Path(folder) / "model.safetensors",
+                  metadata={"format": "pt", "made_for": json.dumps(self.made_for)})
         return history
 
     def load(self, folder: Path) -> Converter:
-        """Self, with the weights that `train` wrote."""
-        self.model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+        """Self, with the weights that `train` wrote. Raises FileNotFoundError, or ValueError for a damaged file or weights of
+        another patient, model or reading."""
+        path = Path(folder) / "model.safetensors"
+        if not path.exists():
+            raise FileNotFoundError(f"expected a converter's weights at {path}, found none: train it, or check the folder")
+        try:
+            with safe_open(path, "pt") as file:
+                found = json.loads((file.metadata() or {}).get("made_for", "{}"))
+                weights = {k: file.get_tensor(k) for k in file.keys()}
+        except SafetensorError as e:
+            raise ValueError(f"{path}: expected a safetensors file, got a damaged one ({e}): train it again") from None
+        wanted = json.loads(json.dumps(self.made_for))
+        other = [k for k in wanted if found.get(k) != wanted[k]]
+        if other:
+            flat = lambda d: {a: b for k in other for a, b in (d.get(k) if isinstance(d.get(k), dict) else {k: d.get(k)}).items()}
+            mine, theirs = flat(wanted), flat(found)
+            differs = [a for a in mine if mine[a] != theirs.get(a)]
+            raise ValueError(f"{path}: expected weights with " + ", ".join(f"{a} {mine[a]}" for a in differs) + "; got "
+                             + ", ".join(f"{a} {theirs.get(a)}" for a in differs) + ": train anew")
+        self.model.load_state_dict(weights)
         self.model.to(self.device).eval()
         return self
 
     @torch.no_grad()
     def predict(self, kv: xr.DataArray | torch.Tensor) -> torch.Tensor:
         """HU (Z, Y, X) in the box from one kV pair (2, V, U): all phases as one batch, interleaved."""
-        kv = torch.from_numpy(kv.values) if isinstance(kv, xr.DataArray) else kv
+        if isinstance(kv, xr.DataArray):
+            if kv.dims != tuple(self.kv_sizes):
+                raise ValueError(f"expected kv with dims {tuple(self.kv_sizes)}, got {kv.dims}: transpose it, or pass both views")
+            kv = torch.from_numpy(kv.values)
+        if tuple(kv.shape) != tuple(self.kv_sizes.values()):
+            raise ValueError(f"expected kv of shape {tuple(self.kv_sizes.values())}, got {tuple(kv.shape)}: "
+                             "take it with this patient's geometry")
+        if not torch.isfinite(kv).all():
+            raise ValueError("expected kv of finite numbers, got NaN or infinite pixels: repair the image")
         phase = torch.arange(self.sampling.n_phases, device=self.device)
         out = self.model(self._input(kv_phases(kv.float().to(self.device), self.sampling), phase), phase)
         return interleave(out * self.ct_scale + self.ct_offset, self.sampling.ct_stride).cpu()

@@ -11,7 +11,7 @@ import pandas as pd
 from .claims import COLUMNS
 
 # %% auto #0
-__all__ = ['write_tables', 'write_headline', 'show', 'show_patients']
+__all__ = ['VERDICTS', 'write_tables', 'write_headline', 'show', 'show_patients']
 
 # %% ../../nbs/report/71_tables.ipynb #5f23a733
 def write_tables(rows: pd.DataFrame, out_dir: Path | str, summary: dict) -> list[Path]:
@@ -27,10 +27,13 @@ def write_tables(rows: pd.DataFrame, out_dir: Path | str, summary: dict) -> list
     return paths
 
 
+VERDICTS = {True: "holds", False: "FAILS", None: "     "}
+
+
 def write_headline(claims: pd.DataFrame, title: str, out_dir: Path | str) -> Path:
     """Write `<out_dir>/tables/headline.txt`, the claims as lines for a terminal; returns the path."""
     width = claims.claim.str.len().max()
-    lines = [title] + [f"  {'holds' if r.holds else 'FAILS'}  {r.claim:<{width}}  {r.value}" for r in claims.itertuples()]
+    lines = [title] + [f"  {VERDICTS[r.holds]}  {r.claim:<{width}}  {r.value}" for r in claims.itertuples()]
     path = Path(out_dir) / "tables" / "headline.txt"
     path.write_text("\n".join(lines) + "\n")
     return path

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 # %% auto #0
@@ -51,9 +51,12 @@ def save_checkpoint(path: Path, model: torch.nn.Module, optimiser: torch.optim.O
 
 def load_checkpoint(path: Path, model: torch.nn.Module, optimiser: torch.optim.Optimizer) -> list[float]:
     """Restore what `save_checkpoint` wrote; returns the history. Raises ValueError for weights of another model."""
-    with safe_open(path, "pt") as file:
-        history = json.loads(file.metadata()["history"])
-        tensors = {k: file.get_tensor(k) for k in file.keys()}
+    try:
+        with safe_open(path, "pt") as file:
+            history = json.loads(file.metadata()["history"])
+            tensors = {k: file.get_tensor(k) for k in file.keys()}
+    except (SafetensorError, TypeError, KeyError, ValueError) as e:
+        raise ValueError(f"expected a checkpoint at {path}, got a damaged file ({e}): delete it, and this training starts afresh") from None
     try:
         model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
     except RuntimeError as e:

@@ -14,7 +14,8 @@ class ViTFit:
     """How one hierarchical ViT of Paper A is built and trained.
 
     `patch`: kV pixels per token side. `encoder_dims`, `decoder_dims`: channels per level.
-    `steps`: optimiser steps of batch `batch`; `learning_rate`: AdamW's peak, cosine to zero after `warmup_steps`."""
+    `steps`: optimiser steps of batch `batch`; `learning_rate`: AdamW's peak, cosine to zero after `warmup_steps`.
+    `kv_noise`: size of the disturbances of the input in training, in units of its spread."""
 
     patch: int
     encoder_dims: tuple[int, ...]
@@ -23,6 +24,7 @@ class ViTFit:
     batch: int = 16
     learning_rate: float = 3e-3
     warmup_steps: int = 40
+    kv_noise: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class CT5DPreset:
 
 @dataclass(frozen=True)
 class Preset:
-    """One size of the whole job. `minutes` is what it took on two cores without a GPU, installation excluded."""
+    """One size of the whole job. `minutes` is about what it takes on two cores without a GPU, installation excluded (h200 and paper: not run yet)."""
 
     name: str
     minutes: str
@@ -72,14 +74,14 @@ class Preset:
 _PAPER = dict(encoder_dims=(96, 192, 384), decoder_dims=(384, 192, 96, 96))
 
 PRESETS: dict[str, Preset] = {p.name: p for p in (
-    Preset("quick", "3",
-           KV2CTPreset(8, 10, ViTFit(7, (32,), (32,), 40), ViTFit(9, (32,), (32,), 40), 1, 2),
+    Preset("quick", "1",
+           KV2CTPreset(8, 10, ViTFit(7, (32,), (32,), 40), ViTFit(9, (32,), (32,), 40, kv_noise=2.0), 1, 2),
            CT5DPreset((28, 32, 32), (11.0, 10.0, 11.0), 6, 1, 10, 4, 30, 1)),
-    Preset("laptop", "8",
-           KV2CTPreset(4, 10, ViTFit(14, (64,), (64,), 200), ViTFit(18, (64,), (64,), 200), 1, 4),
+    Preset("laptop", "7",
+           KV2CTPreset(4, 10, ViTFit(14, (64,), (64,), 200), ViTFit(18, (64,), (64,), 200, kv_noise=2.0), 1, 4),
            CT5DPreset((56, 64, 64), (5.7, 5.0, 5.6), 16, 2, 10, 8, 130, 2)),
-    Preset("workstation", "38",
-           KV2CTPreset(4, 10, ViTFit(14, (128,), (128,), 600), ViTFit(18, (64,), (64,), 1000), 2, 8),
+    Preset("workstation", "30",
+           KV2CTPreset(4, 10, ViTFit(14, (128,), (128,), 600), ViTFit(18, (64,), (64,), 1200, kv_noise=2.0), 2, 8),
            CT5DPreset((56, 64, 64), (5.7, 5.0, 5.6), 36, 4, 10, 25, 900, 4)),
     Preset("h200", "25 on one H200",
            KV2CTPreset(2, 10, ViTFit(3, **_PAPER, steps=4000, batch=64), ViTFit(7, **_PAPER, steps=3000, batch=48), 1, 8),

@@ -19,20 +19,56 @@ from pathlib import Path
 
 import psutil
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 import radrepro
 
 # %% auto #0
-__all__ = ['code_hash', 'run_stage', 'pick_device', 'provenance', 'Task', 'fan_out', 'PeakMemory']
+__all__ = ['pick_device', 'provenance', 'code_hash', 'run_stage', 'Task', 'fan_out', 'PeakMemory']
 
 # %% ../../nbs/train/42_runs.ipynb #e67f392c
+def pick_device(name: str) -> str:
+    """`cpu`, `cuda` or `auto` -> the device's name. Raises ValueError for another name, or for a GPU that is not there."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"expected device auto, cpu or cuda, got {name!r}: pass -p device auto")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("expected a CUDA GPU for device cuda, got none that torch can use: pass -p device cpu, "
+                         "or install a CUDA build of torch")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def provenance(**more) -> dict:
+    """What made a number: versions, machine, commit of the code where it is a git checkout, and `more` (preset, seeds ...)."""
+    import subprocess
+
+    def git(*args: str) -> str:
+        root = Path(radrepro.__file__).parents[1]
+        if not ((root / ".git").exists() and (root / "settings.ini").exists()):
+            return "unknown"  # installed from a wheel, perhaps inside of somebody else's repository
+        try:
+            done = subprocess.run(["git", *args], cwd=root, capture_output=True, text=True)
+        except OSError:
+            return "unknown"
+        return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+    return {"radrepro": radrepro.__version__, "commit": git("rev-parse", "--short", "HEAD"),
+            "dirty": bool(git("status", "--porcelain", "--untracked-files=no") not in ("", "unknown")),
+            "code": code_hash(("core", "data", "metrics", "train", "kv2ct", "ct5d", "report")),
+            "python": platform.python_version(), "cores": os.cpu_count(),
+            "packages": {p: version(p) for p in ("torch", "numpy", "scipy", "xarray", "nanodrr", "torchmetrics")}} | more
+
+# %% ../../nbs/train/42_runs.ipynb #9899cd75
 @cache  # a process goes by the code that it started with, whatever is edited meanwhile
 def code_hash(packages: tuple[str, ...]) -> str:
-    """SHA-256 (12 hex digits) over the sources of these sub-packages of radrepro, e.g. ("core", "data")."""
-    digest = hashlib.sha256()
+    """SHA-256 (12 hex digits) over the sources of these sub-packages of radrepro, e.g. ("core", "data"), and torch's version."""
+    digest, home = hashlib.sha256(torch.__version__.encode()), Path(radrepro.__file__).parent
+    if "data" in packages:  # the cohorts read the session counts from the published tables
+        for folder in (home.parent / "data_manifests", home / "data_manifests"):
+            for path in sorted(folder.glob("*.csv")):
+                digest.update(path.name.encode() + path.read_bytes())
     for package in sorted(packages):
-        for path in sorted((Path(radrepro.__file__).parent / package).glob("*.py")):
+        for path in sorted((home / package).glob("*.py")):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -67,11 +103,15 @@ def run_stage(out_dir: Path | str, name: str, key: dict, make: Callable[[Path], 
         make(partial)
         (partial / "checkpoint.safetensors").unlink(missing_ok=True)
         (partial / "stage.json").write_text(json.dumps(
-            {"name": name, "key": key, "seconds": round(time.monotonic() - started, 2), "files": _contents(partial)}, indent=1))
+            {"name": name, "key": key, "seconds": round(time.monotonic() - started, 2), "files": _contents(partial),
+             "provenance": provenance()}, indent=1))
         os.replace(partial, folder)
-    except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(e.errno, f"expected room for stage {name} in {out_dir}, got a full disk: free some space, or "
+    except (OSError, SafetensorError) as e:
+        if folder.exists():  # another run finished the same stage meanwhile
+            _verify(folder, record)
+            return folder
+        if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(e):
+            raise OSError(errno.ENOSPC, f"expected room for stage {name} in {out_dir}, got a full disk: free some space, or "
                                    "pass -p out_dir to another one, and start again; finished stages are kept") from e
         raise
     return folder
@@ -87,31 +127,6 @@ def _verify(folder: Path, record: Path) -> None:
     damaged = sorted(k for k in files.keys() | found.keys() if files.get(k) != found.get(k))
     if damaged:
         raise ValueError(remedy.format(f"a damaged {damaged[0]}"))
-
-# %% ../../nbs/train/42_runs.ipynb #de3b9a69
-def pick_device(name: str) -> str:
-    """`cpu`, `cuda` or `auto` -> the device's name. Raises ValueError for another name, or for a GPU that is not there."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"expected device auto, cpu or cuda, got {name!r}: pass -p device auto")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("expected a CUDA GPU for device cuda, got none that torch can use: pass -p device cpu, "
-                         "or install a CUDA build of torch")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-
-
-def provenance(**more) -> dict:
-    """What made a number: versions, machine, commit of the code where it is a git checkout, and `more` (preset, seeds ...)."""
-    import subprocess
-
-    def git(*args: str) -> str:
-        done = subprocess.run(["git", *args], cwd=Path(radrepro.__file__).parent, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else "unknown"
-
-    return {"radrepro": radrepro.__version__, "commit": git("rev-parse", "--short", "HEAD"),
-            "dirty": bool(git("status", "--porcelain", "--untracked-files=no") not in ("", "unknown")),
-            "code": code_hash(("core", "data", "metrics", "train", "kv2ct", "ct5d", "report")),
-            "python": platform.python_version(), "cores": os.cpu_count(),
-            "packages": {p: version(p) for p in ("torch", "numpy", "scipy", "xarray", "nanodrr", "torchmetrics")}} | more
 
 # %% ../../nbs/train/42_runs.ipynb #e1051769
 @dataclass(frozen=True)
@@ -178,9 +193,10 @@ def fan_out(tasks: list[Task], *, workers: int | None = None, label: str = "run"
                 bar.show(t.name, 1.0)
             return results
         import dask
+        from dask.system import CPU_COUNT  # what this process may use, which in a container is less than the machine has
         from distributed import Client, LocalCluster, as_completed
 
-        n = min(workers or os.cpu_count(), len(tasks))
+        n = min(workers or CPU_COUNT, len(tasks))
         # dask's own setting also shrinks malloc's thresholds, so that every large tensor is mapped anew: training takes thrice as long.
         one_thread = {k: "1" for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
         quiet = dict(dashboard_address=None, memory_limit=0, silence_logs=50)

@@ -1,0 +1,274 @@
+"""Cohorts: who is in which split, what a case holds, and a data_dir of any names in the documented layout."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from radrepro.core.volume import AXES, centred_grid, volume, write_nifti
+from radrepro.data.cohorts import KINDS, HeadNeckCase, ThoraxCase, find_data_dir, headneck_cases, thorax_cases
+from radrepro.data.headneck import BRAINSTEM_MM
+
+COUNTS = st.integers(0, 40)
+SMALL = ((28, 30, 32), (11.0, 10.0, 11.0))
+
+
+# --- a data_dir that no code has heard of
+
+
+def inside(grid, centre_xyz_mm, half_xyz_mm, power=2):
+    """An ellipsoid (power 2) or a box with round corners on `grid`, bool."""
+    z, y, x = np.meshgrid(*(grid[a] for a in AXES), indexing="ij")
+    return sum(abs((c - m) / h) ** power for c, m, h in zip((x, y, z), centre_xyz_mm, half_xyz_mm)) < 1
+
+
+def write_headneck(folder):
+    """A head on a neck and shoulders, anisotropic, somewhere in the room; masks in two files. Left is +x."""
+    grid = centred_grid((64, 60, 80), (5.0, 4.0, 5.0))
+    head, neck = inside(grid, (0, 0, 45), (72, 92, 105)), inside(grid, (0, 20, -60), (55, 60, 130), 8)
+    shoulders = inside(grid, (0, 20, -160), (180, 80, 60), 4)
+    skull = head & ~inside(grid, (0, 0, 45), (64, 84, 97))
+    hu = np.where(head | neck | shoulders, 20, -1000)
+    hu[skull], hu[inside(grid, (0, 20, 10), (12, 9, 20))] = 900, 30
+    oar = np.zeros(hu.shape, np.uint8)
+    for value, centre in (
+        (2, (6, 23, 11)),
+        (5, (52, 25, -25)),
+        (9, (-52, 25, -25)),
+    ):  # 6: not in the middle of the room
+        oar[inside(grid, centre, (14, 14, 18))] = value
+    target = inside(grid, (20, 0, -40), (20, 20, 25)).astype(np.uint8)
+    room = {"z": grid["z"] - 812, "y": grid["y"] + 31, "x": grid["x"] - 7}
+    for name, values, units in (("ct", hu.astype(np.int16), "HU"), ("organs", oar, "1"), ("targets", target, "1")):
+        write_nifti(volume(values, **room, units=units), folder / f"{name}.nii.gz")
+    (folder / "labels.json").write_text(
+        json.dumps(
+            {
+                "organs.nii.gz": {"BrainStem": 2, "Parotid_L": 5, "Parotid_R": 9},
+                "targets.nii.gz": {"PTV_5000": 1},
+                "contoured_by": "nobody",
+            }
+        )
+    )
+
+
+def write_thorax(folder):
+    """A trunk with two lungs, a spine and a diaphragm, anisotropic, somewhere in the room; no labels."""
+    grid = centred_grid((60, 66, 76), (5.0, 4.5, 5.0))
+    hu = np.where(inside(grid, (0, 0, 0), (165, 120, 400), 4), 30, -1000)
+    for side in (-1, 1):
+        hu[inside(grid, (70 * side, 0, 5), (52, 80, 120))] = -820
+    hu[inside(grid, (0, 85, 0), (18, 18, 400), 4)] = 500
+    write_nifti(
+        volume(hu.astype(np.int16), z=grid["z"] + 1300, y=grid["y"], x=grid["x"] + 44, units="HU"), folder / "ct.nii.gz"
+    )
+
+
+def write_landmarks(folder, down_mm=9.0):
+    """Landmark pairs in the documented frame, z growing inferior: inhaling goes down, and to the front."""
+    folder.mkdir(parents=True)
+    exhale = np.random.default_rng(5).uniform([20, 30, 40], [260, 210, 280], (300, 3))
+    columns = [f"{end}_{a}_mm" for end in ("ee", "ei") for a in "xyz"]
+    pairs = np.hstack([exhale, exhale + [0, -2, down_mm]])
+    pd.DataFrame(pairs, columns=columns).to_csv(folder / "case01_300.csv", index=False)
+
+
+@pytest.fixture(scope="module")
+def made_up(tmp_path_factory):
+    root = tmp_path_factory.mktemp("clinic")
+    write_headneck(root / "hn_x" / "pt_1")
+    write_thorax(root / "thorax_x" / "somebody")
+    write_landmarks(root / "lung_landmarks_x")
+    for other in ("dicom_y", "hn_no_ct_here", "notes"):  # holds no case
+        (root / other).mkdir()
+    (root / "README.md").write_text("hn_x/pt_1/ct.nii.gz")
+    return root
+
+
+def centre_mm(mask):
+    return [float((mask * mask[a]).sum() / mask.sum()) for a in "xyz"]
+
+
+def test_cases_are_found_by_what_they_hold(made_up):
+    [case] = headneck_cases("real", 10, data_dir=made_up)
+    assert case == HeadNeckCase(1, "real", str(made_up / "hn_x" / "pt_1"), 0)
+    cases = thorax_cases("real", train=2, validation=1, test=10, data_dir=str(made_up), seed=4)
+    assert [(c.kind, c.split) for c in cases] == [("real", "test"), ("phantom", "validation")] + 2 * [
+        ("phantom", "train")
+    ]
+    assert cases[0].folder == str(made_up / "thorax_x" / "somebody") and cases[0].landmarks == str(
+        made_up / "lung_landmarks_x"
+    )
+    assert not any(c.folder or c.landmarks for c in cases[1:]) and {c.seed for c in cases} == {4}
+
+
+def test_a_made_up_headneck_is_loaded_at_8_mm(made_up):
+    patient = headneck_cases("real", 1, data_dir=made_up)[0].load(8)
+    assert (patient.kind, patient.source, patient.number) == ("real", "pt_1", 1)
+    assert patient.planning.shape == (48, 42, 56) and len(patient.training) == 2
+    assert set(patient.structures) == {"body", "ctv", "brainstem", "parotid_left", "parotid_right"}
+    np.testing.assert_allclose(centre_mm(patient.structures["brainstem"]), BRAINSTEM_MM, atol=3)
+    wanted = {
+        "parotid_left": (46, 25, -25),
+        "parotid_right": (-58, 25, -25),
+        "ctv": (14, 0, -40),
+    }  # the brainstem's 6 less
+    for name, centre in wanted.items():
+        np.testing.assert_allclose(centre_mm(patient.structures[name]), centre, atol=4)
+    tissue = patient.planning.where(patient.structures["brainstem"])
+    assert float(tissue.median()) == pytest.approx(30, abs=15) and float(patient.planning.max()) > 500
+    for session in patient.sessions:
+        assert np.isfinite(session.ct).all() and all(np.isfinite(kv).all() for kv in session.kvs)
+        assert 0 < float(abs(session.ct - patient.planning).mean()) < 80
+
+
+def test_a_made_up_thorax_is_loaded_at_8_mm(made_up):
+    case = thorax_cases("real", train=0, validation=0, test=1, data_dir=made_up)[0]
+    patient = case.load((40, 38, 44), (8.0, 8.0, 8.0), scans=2)
+    assert (patient.kind, patient.source, len(patient.scans)) == ("real", "somebody", 2)
+    litres = float(patient.lung_mask.sum()) * 8**3 / 1e6
+    assert litres == pytest.approx(2 * 4 / 3 * np.pi * 0.52 * 0.80 * 1.20, rel=0.15)
+    for a in AXES:  # the lungs' box is at the isocentre
+        at = patient.lung_mask[a].values[patient.lung_mask.any([b for b in AXES if b != a])]
+        assert abs(at[0] + at[-1]) / 2 < 9
+    np.testing.assert_allclose(
+        patient.alpha_mm.sel(z=0, y=0, method="nearest").sel(x=[-70, 70], method="nearest"),
+        [[-9, -9], [-2, -2], [0, 0]],
+        atol=1.5,
+    )  # down and to the front
+    lung = patient.reference.where(patient.lung_mask).median()
+    assert float(lung) == pytest.approx(180 / 1400, abs=0.03)
+    assert all(float(s.ct.min()) >= 0 and float(s.ct.max()) <= 1 for s in patient.scans)
+
+
+def test_other_names_give_the_same_patient(made_up, tmp_path):
+    """Nothing but the content decides: the case may be called, and lie, as its owner likes."""
+    renamed = tmp_path / "head_q"
+    shutil.copytree(made_up / "hn_x" / "pt_1", renamed)
+    [case], [again] = (headneck_cases("real", 3, data_dir=d) for d in (made_up, tmp_path))
+    assert again.folder == str(renamed) and again.key() == case.key()
+    assert again.load(8).planning.identical(case.load(8).planning)
+
+
+# --- keys
+
+
+def test_a_key_names_all_that_changes_the_numbers(made_up, tmp_path):
+    case = headneck_cases("real", 1, data_dir=made_up)[0]
+    json.dumps(case.key())
+    assert case.key() != replace(case, seed=1).key() != replace(case, number=2, seed=1).key()
+    for name in ("ct", "organs"):
+        folder = tmp_path / name
+        shutil.copytree(case.folder, folder)
+        data = (folder / f"{name}.nii.gz").read_bytes()
+        (folder / f"{name}.nii.gz").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        assert replace(case, folder=str(folder)).key() != case.key()
+    assert "content" not in HeadNeckCase(1, "phantom").key()
+
+
+@pytest.mark.parametrize("what", ["labels", "landmarks"])
+def test_a_key_knows_labels_and_landmarks(made_up, tmp_path, what):
+    shutil.copytree(made_up, tmp_path / "d")
+    if what == "labels":
+        (tmp_path / "d" / "hn_x" / "pt_1" / "labels.json").write_text(json.dumps({"organs.nii.gz": {"BrainStem": 9}}))
+        before, after = (headneck_cases("real", 1, data_dir=d)[0].key() for d in (made_up, tmp_path / "d"))
+    else:
+        shutil.rmtree(tmp_path / "d" / "lung_landmarks_x")
+        write_landmarks(tmp_path / "d" / "lung_landmarks_x", down_mm=20.0)
+        before, after = (
+            thorax_cases("real", train=0, validation=0, test=1, data_dir=d)[0].key() for d in (made_up, tmp_path / "d")
+        )
+    assert before != after
+
+
+# --- splits and kinds
+
+
+@settings(max_examples=40, deadline=None)
+@given(train=COUNTS, validation=COUNTS, test=COUNTS, seed=st.integers(0, 5))
+def test_no_patient_is_in_two_splits(train, validation, test, seed):
+    cases = thorax_cases("phantom", train=train, validation=validation, test=test, seed=seed)
+    count = {s: sum(c.split == s for c in cases) for s in ("train", "validation", "test")}
+    assert count == {"train": train, "validation": validation, "test": test}
+    assert len({c.number for c in cases}) == len(cases) and {c.kind for c in cases} <= {"phantom"}
+    assert cases == thorax_cases("phantom", train=train, validation=validation, test=test, seed=seed)
+    more = thorax_cases("phantom", train=train + 3, validation=validation, test=test, seed=seed)
+    assert more[: len(cases)] == cases  # a larger training set keeps everyone else
+
+
+def test_no_patient_is_in_two_splits_of_a_large_cohort():
+    cases = thorax_cases("phantom", train=3, validation=1, test=101)
+    assert len({c.number for c in cases}) == len(cases)
+
+
+def test_headneck_phantoms_are_numbered_from_one():
+    assert headneck_cases("phantom", 3, seed=7) == [HeadNeckCase(i, "phantom", seed=7) for i in (1, 2, 3)]
+    assert headneck_cases("phantom", 0) == []
+
+
+def test_loading_is_deterministic_and_by_seed():
+    case = ThoraxCase(101, "phantom", "train")
+    one, two, other = (c.load(*SMALL, scans=2) for c in (case, case, replace(case, seed=1)))
+    assert all(a.ct.identical(b.ct) and a.amplitude.identical(b.amplitude) for a, b in zip(one.scans, two.scans))
+    assert not one.reference.equals(other.reference)
+    head = HeadNeckCase(2, "phantom")
+    first, second, stranger = (c.load(8) for c in (head, head, replace(head, seed=1)))
+    assert first.test.ct.identical(second.test.ct) and first.test.kvs[0].identical(second.test.kvs[0])
+    assert not first.planning.equals(stranger.planning)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda kind: headneck_cases(kind, 1), lambda kind: thorax_cases(kind, train=1, validation=1, test=1)]
+)
+def test_kinds(make, monkeypatch):
+    monkeypatch.delenv("RADREPRO_DATA", raising=False)
+    assert KINDS == ("phantom", "real", "clinical") and {c.kind for c in make("phantom")} == {"phantom"}
+    for kind, words in (
+        ("clinical", "expected cohort phantom or real, got clinical: .* not built yet"),
+        ("Phantom", r"expected cohort to be one of .*, got 'Phantom': pass -p cohort phantom"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            make(kind)
+    with pytest.raises(
+        FileNotFoundError,
+        match="expected a folder of real CTs .*, got none: pass -p data_dir PATH or set RADREPRO_DATA",
+    ):
+        make("real")
+
+
+# --- where the data are
+
+
+def test_data_dir_by_argument_then_by_environment(tmp_path, monkeypatch):
+    named, other = tmp_path / "a", tmp_path / "b"
+    named.mkdir(), other.mkdir()
+    monkeypatch.setenv("RADREPRO_DATA", str(other))
+    assert find_data_dir(named) == find_data_dir(str(named)) == named and find_data_dir() == find_data_dir("") == other
+    monkeypatch.setenv("RADREPRO_DATA", str(tmp_path / "gone"))
+    for call in (find_data_dir, lambda: find_data_dir(tmp_path / "gone")):
+        with pytest.raises(
+            FileNotFoundError, match="expected data_dir to be a folder, got '.*gone', which is not there: "
+        ):
+            call()
+
+
+def test_the_environment_finds_cases_too(made_up, monkeypatch):
+    monkeypatch.setenv("RADREPRO_DATA", str(made_up))
+    assert headneck_cases("real", 1) == headneck_cases("real", 1, data_dir=made_up)
+    sizes = {"train": 0, "validation": 0, "test": 1}
+    assert thorax_cases("real", **sizes) == thorax_cases("real", **sizes, data_dir=made_up)
+
+
+def test_real_data_hold_enough_patients(data_dir):
+    heads = headneck_cases("real", 10, data_dir=data_dir)
+    assert len(heads) >= 5 and [c.number for c in heads] == list(range(1, len(heads) + 1))
+    assert len({c.folder for c in heads}) == len(heads) and all((Path(c.folder) / "ct.nii.gz").is_file() for c in heads)
+    chests = [c for c in thorax_cases("real", train=1, validation=0, test=10, data_dir=data_dir) if c.split == "test"]
+    assert len(chests) >= 2 and {c.kind for c in chests} == {"real"} and all(Path(c.landmarks).is_dir() for c in chests)
+    assert len({c.key()["content"] for c in (*heads[:3], *chests)}) == len(heads[:3]) + len(chests)

@@ -170,7 +170,7 @@ class _Bar:
         self.bar.update(max(100 * share - self.bar.n, 0))
 
 
-def _in_worker(function: Callable, name: str, arguments: tuple, _after: list) -> object:
+def _in_worker(function: Callable, name: str, arguments: tuple) -> object:
     from distributed import get_worker
 
     torch.set_num_threads(1)
@@ -203,17 +203,28 @@ def fan_out(tasks: list[Task], *, workers: int | None = None, label: str = "run"
         with dask.config.set({"distributed.nanny.pre-spawn-environ": one_thread}), \
                 LocalCluster(n_workers=n, threads_per_worker=1, **quiet) as cluster, Client(cluster) as client:
             client.subscribe_topic("radrepro", lambda event: bar.show(*event[1]))
-            futures: dict[str, object] = {}
-            for rank, t in enumerate(tasks):
-                futures[t.name] = client.submit(_in_worker, t.function, t.name, t.arguments, [futures[a] for a in t.after],
-                                                key=t.name, priority=-rank, retries=0, pure=False)
-            for future in as_completed(futures.values()):
+            # One task a worker, the first of the list that may start: long trainings come before short tasks, as the list has them.
+            waiting, running = list(tasks), as_completed()
+
+            def start() -> None:
+                while waiting and running.count() < n:
+                    ready = next((t for t in waiting if set(t.after) <= results.keys()), None)
+                    if ready is None:
+                        return
+                    waiting.remove(ready)
+                    running.add(client.submit(_in_worker, ready.function, ready.name, ready.arguments, key=ready.name, retries=0, pure=False))
+
+            start()
+            for future in running:
                 error = future.exception()
                 if error is not None:
                     error.add_note(f"in task {future.key!r}; the stages that are finished are kept")
                     raise error
                 results[future.key] = future.result()
                 bar.show(future.key, 1.0)
+                start()
+    if waiting:
+        raise ValueError(f"expected every task to become ready, got {waiting[0].name!r} waiting for {waiting[0].after}: correct `after`")
     return results
 
 

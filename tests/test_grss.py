@@ -161,7 +161,7 @@ def test_draws_are_uniform_depend_on_the_generator_alone_and_hold_one_copy():
                   ct_spacing_z_mm=1.0, kv_pitch_mm=1.0), "one shape"),
     (lambda: GRSS([torch.zeros(7, 6, 8)], [torch.zeros(2, 6, 6)], [(0, 0)], PRIMARY,
                   ct_spacing_z_mm=1.0, kv_pitch_mm=1.0), "multiples of 3"),
-], ids=str)
+])
 def test_bad_input_says_what_was_expected(wrong, words):
     with pytest.raises(ValueError, match=words):
         wrong()

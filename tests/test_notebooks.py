@@ -14,7 +14,7 @@ NOTEBOOKS = sorted((ROOT / "nbs").rglob("[0-9]*.ipynb"))
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_runs(path):
-    succeeded, _ = run_notebook(path, verbose=False)
+    succeeded, _ = run_notebook(path)
     assert succeeded, f"{path.name} raised: run it with nbdev_test --path {path} to see where"
 
 

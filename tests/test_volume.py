@@ -342,7 +342,8 @@ def test_a_positive_translation_goes_left_back_and_up(axis, sign):
 
 
 @settings(max_examples=12, deadline=None)
-@given(centre=st.tuples(*[st.floats(-12, 12)] * 3), angle_deg=ANGLES, shift=st.tuples(*[st.floats(-6, 6)] * 3))
+# so far inside that the blob is not cut by the smaller grid
+@given(centre=st.tuples(*[st.floats(-8, 8)] * 3), angle_deg=ANGLES, shift=st.tuples(*[st.floats(-5, 5)] * 3))
 def test_content_goes_where_the_matrix_says(centre, angle_deg, shift):
     grid, m = centred_grid((29, 22, 35), (3.0, 4.0, 2.5)), rigid(shift, angle_deg)
     elsewhere = {a: c[3:-3] + 1.3 for a, c in grid.items()}

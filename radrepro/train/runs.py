@@ -25,9 +25,23 @@ from tqdm import tqdm
 import radrepro
 
 # %% auto #0
-__all__ = ['pick_device', 'provenance', 'code_hash', 'run_stage', 'Task', 'fan_out', 'PeakMemory']
+__all__ = ['code_hash', 'pick_device', 'provenance', 'run_stage', 'Task', 'fan_out', 'PeakMemory']
 
 # %% ../../nbs/train/42_runs.ipynb #e67f392c
+@cache  # a process goes by the code that it started with, whatever is edited meanwhile
+def code_hash(packages: tuple[str, ...]) -> str:
+    """SHA-256 (12 hex digits) over the sources of these sub-packages of radrepro, e.g. ("core", "data"), and torch's version."""
+    digest, home = hashlib.sha256(torch.__version__.encode()), Path(radrepro.__file__).parent
+    if "data" in packages:  # the cohorts read the session counts from the published tables
+        for folder in (home.parent / "data_manifests", home / "data_manifests"):
+            for path in sorted(folder.glob("*.csv")):
+                digest.update(path.name.encode() + path.read_bytes())
+    for package in sorted(packages):
+        for path in sorted((home / package).glob("*.py")):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def pick_device(name: str) -> str:
     """`cpu`, `cuda` or `auto` -> the device's name. Raises ValueError for another name, or for a GPU that is not there."""
     if name not in ("auto", "cpu", "cuda"):
@@ -59,20 +73,6 @@ def provenance(**more) -> dict:
             "packages": {p: version(p) for p in ("torch", "numpy", "scipy", "xarray", "nanodrr", "torchmetrics")}} | more
 
 # %% ../../nbs/train/42_runs.ipynb #9899cd75
-@cache  # a process goes by the code that it started with, whatever is edited meanwhile
-def code_hash(packages: tuple[str, ...]) -> str:
-    """SHA-256 (12 hex digits) over the sources of these sub-packages of radrepro, e.g. ("core", "data"), and torch's version."""
-    digest, home = hashlib.sha256(torch.__version__.encode()), Path(radrepro.__file__).parent
-    if "data" in packages:  # the cohorts read the session counts from the published tables
-        for folder in (home.parent / "data_manifests", home / "data_manifests"):
-            for path in sorted(folder.glob("*.csv")):
-                digest.update(path.name.encode() + path.read_bytes())
-    for package in sorted(packages):
-        for path in sorted((home / package).glob("*.py")):
-            digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
-
-
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 

@@ -21,7 +21,7 @@ TIMES = ("seconds", "milliseconds")  # the only numbers that may differ between 
 
 
 def commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     return [line for block in blocks for line in block.splitlines() if line and not line.startswith("#")]
 
 
@@ -64,7 +64,7 @@ def test_readme_names_the_two_commands():
 
 def test_readme_parameters_exist():
     cells = nbformat.read(ROOT / "nbs" / "tables.ipynb", 4).cells
-    known = set(re.findall(r"^(\w+) =", next(c.source for c in cells if "parameters" in c.metadata.get("tags", [])), re.M))
+    known = set(re.findall(r"^(\w+) =", next(c.source for c in cells if "parameters" in c.metadata.get("tags", [])), re.MULTILINE))
     used = {name for c in commands() for name in re.findall(r"-p (\w+) ", c)}
     assert used and used <= known
 

@@ -9,11 +9,27 @@ import xarray as xr
 from scipy import ndimage
 
 from radrepro.core.volume import centred_grid, like, spacing_mm, volume, write_nifti
-from radrepro.data.thorax import (BUCKETS, acquire, bucket_of, find_lungs, find_thoraxes, phantom_thorax, real_thorax,
-                                  scale_hu)
+from radrepro.data.thorax import (
+    BUCKETS,
+    acquire,
+    bucket_of,
+    find_lungs,
+    find_thoraxes,
+    phantom_thorax,
+    real_thorax,
+    scale_hu,
+)
 from radrepro.data.thorax_anatomy import draw_anatomy
-from radrepro.data.thorax_motion import (alpha_from_landmarks, displacement_between, draw_peak_mm, find_landmarks,
-                                         grid_points, read_landmarks, rest_positions, sample_at)
+from radrepro.data.thorax_motion import (
+    alpha_from_landmarks,
+    displacement_between,
+    draw_peak_mm,
+    find_landmarks,
+    grid_points,
+    read_landmarks,
+    rest_positions,
+    sample_at,
+)
 from radrepro.data.traces import Breathing, synthetic_trace
 
 SHAPE = (28, 32, 32)

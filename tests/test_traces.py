@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from radrepro.data.traces import amplitude_rate, find_traces, read_trace, slice_amplitudes, synthetic_trace, trace_of
 

@@ -123,7 +123,7 @@ def run_residuals(numbers: list[int], voxel_mm: int, out_dir: str, *, report=lam
     """`residual_curve` as a stage; returns the path of its `values.csv`."""
     def make(folder: Path) -> None:
         report(0.1, "residuals")
-        pd.DataFrame(residual_curve(numbers, voxel_mm)).assign(paper="A", seed=0).to_csv(folder / "values.csv", index=False)
+        pd.DataFrame(residual_curve(numbers, voxel_mm, RESIDUALS_MM)).assign(paper="A", seed=0).to_csv(folder / "values.csv", index=False)
 
     key = {"numbers": numbers, "voxel_mm": voxel_mm, "residuals_mm": RESIDUALS_MM}
     return str(run_stage(out_dir, "kv2ct/residuals", key, make, packages=PACKAGES) / "values.csv")

@@ -146,7 +146,7 @@ def test_training_days_do_not_give_the_test_day_away(patient):
 def test_the_registration_matrix_undoes_the_pose(patient):
     for s in patient.sessions:
         truth = s.truth.sel(z=s.ct.z).astype(np.float32).assign_attrs(units="HU")
-        head = dict(z=slice(-60, 150))
+        head = {"z": slice(-60, 150)}
         errors = [float(abs(s.ct - move(truth, rigid(t), fill=-1000)).sel(head).mean())
                   for t in np.vstack([np.zeros(3), 3 * np.eye(3), -3 * np.eye(3)])]
         assert np.argmin(errors) == 0
@@ -188,7 +188,7 @@ def test_kv_shows_no_end_of_the_body(patient):
 
 
 @pytest.mark.parametrize("bad, words", [
-    (dict(number=11, voxel_mm=8), "from 1 to 10"), (dict(number=1, voxel_mm=3), "one of")])
+    ({"number": 11, "voxel_mm": 8}, "from 1 to 10"), ({"number": 1, "voxel_mm": 3}, "one of")])
 def test_bad_requests_say_the_remedy(bad, words):
     with pytest.raises(ValueError, match=words):
         phantom_patient(**bad)

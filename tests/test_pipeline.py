@@ -3,6 +3,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from radrepro.core.volume import centred_grid, like, to_tensor, volume
 from radrepro.ct5d import evaluate as ct5d
 from radrepro.kv2ct import evaluate as kv2ct
 from radrepro.report.claims import COLUMNS, RANDOM_SHIFT_ERROR_MM, add_verdicts, headline, rows_of
@@ -91,3 +92,15 @@ def test_the_residual_curve_is_a_phantoms_whatever_the_cohort(tmp_path, monkeypa
     values = pd.read_csv(kv2ct.run_residuals([1], 8, str(tmp_path)))
     rows = rows_of(values, cohort="real", preset="tiny")
     assert set(rows.cohort) == {"phantom"} and rows.detail.str.contains("8 mm voxels").all()
+
+
+def test_inside_and_outside_of_the_mask_are_not_confused():
+    """An error of 0.1 outside of the mask alone is an outside error of 0.01 and no masked one."""
+    grid = centred_grid((16, 16, 16), 5.0)
+    ct = volume(np.full((16, 16, 16), 0.5, np.float32), **grid, units="1")
+    mask = like(np.abs(ct.z.values)[:, None, None] < 20 + np.zeros(ct.shape), ct)
+    fixed = ct5d.Scan(ct, ct.z * 0, ct.z * 0, 1)
+    rows = ct5d.pair_metrics(to_tensor(ct + 0.1 * ~mask), fixed, mask)
+    found = {r["metric"]: r["value"] for r in rows}
+    assert found["masked_mse"] == 0 and found["outside_mse"] == pytest.approx(0.01, rel=1e-4)
+    assert found["mse"] == pytest.approx(0.01 * float((~mask).mean()), rel=1e-4)

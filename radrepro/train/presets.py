@@ -59,7 +59,7 @@ class CT5DPreset:
 
 @dataclass(frozen=True)
 class Preset:
-    """One size of the whole job. `minutes` is about what it takes on two cores without a GPU, installation excluded (h200 and paper: not run yet)."""
+    """One size of the whole job. `minutes` is about what it takes on two cores without a GPU, installation excluded (workstation, h200 and paper: estimates, not run yet)."""
 
     name: str
     minutes: str

@@ -3,6 +3,7 @@ import os
 from pathlib import Path
 
 import pytest
+from made_up import write_clinic
 
 
 @pytest.fixture(scope="session")
@@ -12,3 +13,11 @@ def data_dir() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("real data are never shipped: set RADREPRO_DATA to a folder that has them")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def made_up(tmp_path_factory) -> Path:
+    """A data_dir of made-up patients."""
+    root = tmp_path_factory.mktemp("clinic")
+    write_clinic(root)
+    return root

@@ -1,7 +1,9 @@
 """Every lesson notebook runs from top to bottom, and radrepro/ is what the notebooks export."""
+import ast
 import filecmp
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -50,3 +52,25 @@ def test_papermill_parameters_survive_cleaning(tmp_path):
 def test_notebooks_stay_small():
     large = [p.name for p in (ROOT / "nbs").rglob("*.ipynb") if p.stat().st_size > 200_000]
     assert not large, f"expected notebooks under 200 kB, got {large}: shrink their pictures"
+
+
+def exported_and_shown(path: Path) -> tuple[set[str], str]:
+    """Public names that a notebook exports, and the text of its other code cells: the lesson."""
+    cells = ["".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+    exports = [c for c in cells if c.lstrip().startswith("#| export")]
+    names = set()
+    for node in (n for c in exports for n in ast.parse(c).body):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)}
+    return {n for n in names if not n.startswith("_")}, "\n".join(c for c in cells if c not in exports)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_every_exported_name_is_in_a_lesson(path):
+    names, lesson = exported_and_shown(path)
+    assert names, f"{path.name} exports nothing"
+    unseen = sorted(n for n in names if not re.search(rf"\b{n}\b", lesson))
+    assert not unseen, f"{path.name} exports {unseen} without showing them: use them in a lesson cell, or make them private"

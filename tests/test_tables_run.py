@@ -106,6 +106,19 @@ def test_a_second_run_reads_and_a_killed_run_goes_on(run, tmp_path):
     pd.testing.assert_frame_equal(numbers(tmp_path), numbers(run), check_exact=True)
 
 
+def test_any_data_dir_in_the_documented_layout(made_up, tmp_path):
+    """The whole page on patients that no code has heard of: rows say real, and nothing of the phantoms stands among them."""
+    finished(tmp_path, "cohort=real", f"data_dir={made_up}")
+    rows = numbers(tmp_path)
+    assert set(rows[~rows.detail.str.contains("residual sd")].cohort) == {"real"}
+    assert set(rows.query("cohort == 'real'").patient) == {"1"}  # one of each, so no mean over patients
+    assert {"fused", "registration_1dof"} <= set(rows.query("paper == 'A'").model)
+    b = rows.query("paper == 'B' and metric == 'masked_mse' and detail == 'lung + 10 mm'").set_index("model").ours
+    assert b["truth"] < b["none"] and "cvae_slice" in b
+    leaked = [p.name for p in tmp_path.rglob("*") if p.is_file() and b"pt_1" in p.read_bytes() and p.suffix in (".csv", ".html", ".txt")]
+    assert not leaked, f"{leaked} name a patient's folder"
+
+
 @pytest.mark.parametrize(("parameter", "sentence"), [
     ("preset=laptob", "expected preset to be one of"),
     ("cohrt=real", "expected parameters among"),

@@ -14,9 +14,9 @@ from scipy import ndimage
 from .volume import AXES, check, like, spacing_mm, to_tensor
 
 # %% auto #0
-__all__ = ['VIEWS', 'RAYS_AT_ONCE', 'ENERGIES_KEV', 'MASS_ATTENUATION_CM2_G', 'BONE_G_CM3', 'METAL_G_CM3', 'CT_KEV', 'AIR_HU',
-           'TISSUE_HU', 'METAL_HU', 'COUCH', 'KVGeometry', 'kv_geometry', 'project_points', 'project_tensor',
-           'line_integrals', 'bone_hu', 'hu_to_basis', 'Box', 'KVPhysics', 'box_chords', 'kv_pair']
+__all__ = ['VIEWS', 'RAYS_AT_ONCE', 'ENERGIES_KEV', 'MASS_ATTENUATION_CM2_G', 'BONE_G_CM3', 'METAL_G_CM3', 'CT_KEV',
+           'AIR_BELOW_HU', 'BONE_FROM_HU', 'METAL_ABOVE_HU', 'COUCH', 'KVGeometry', 'kv_geometry', 'project_points',
+           'project_tensor', 'line_integrals', 'bone_hu', 'hu_to_basis', 'Box', 'KVPhysics', 'box_chords', 'kv_pair']
 
 # %% ../../nbs/core/02_project.ipynb #0008f6ae
 VIEWS = {0.0: "AP", 90.0: "LAT"}
@@ -177,7 +177,7 @@ MASS_ATTENUATION_CM2_G = {  # at ENERGIES_KEV, NIST SRD 126
 }
 BONE_G_CM3, METAL_G_CM3 = 1.92, 4.506  # cortical bone (ICRU-44), titanium
 CT_KEV = 70.0
-AIR_HU, TISSUE_HU, METAL_HU = -950.0, 100.0, 2500.0
+AIR_BELOW_HU, BONE_FROM_HU, METAL_ABOVE_HU = -950.0, 100.0, 2500.0
 
 
 def bone_hu() -> float:
@@ -195,9 +195,9 @@ def hu_to_basis(ct: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray, xr.DataAr
     check(ct, units="HU", name="ct")
     hu = ct.values.astype(np.float32)
     pure = bone_hu()
-    metal = hu > METAL_HU
-    fraction = np.clip((hu - TISSUE_HU) / (pure - TISSUE_HU), 0, 1)
-    water = np.where((hu < AIR_HU) | metal, 0, (1 + np.minimum(hu, TISSUE_HU) / 1000) * (1 - fraction))
+    metal = hu > METAL_ABOVE_HU
+    fraction = np.clip((hu - BONE_FROM_HU) / (pure - BONE_FROM_HU), 0, 1)
+    water = np.where((hu < AIR_BELOW_HU) | metal, 0, (1 + np.minimum(hu, BONE_FROM_HU) / 1000) * (1 - fraction))
     bone = np.where(metal, 0, BONE_G_CM3 * fraction * np.maximum(1, (hu + 1000) / (pure + 1000)))
     return tuple(like(d.astype(np.float32), ct, "g/cm3") for d in (water, bone, metal * METAL_G_CM3))
 

@@ -26,7 +26,7 @@ from ..train.runs import Task, run_stage
 MASK = "lung + 10 mm"
 
 # %% auto #0
-__all__ = ['MASK', 'PACKAGES', 'MODES', 'pair_metrics', 'predict', 'draw_pairs', 'evaluate_patient', 'tasks']
+__all__ = ['MASK', 'pair_metrics', 'predict', 'draw_pairs', 'evaluate_patient', 'tasks']
 
 # %% ../../nbs/ct5d/66_evaluate.ipynb #c4314a72
 def pair_metrics(predicted: torch.Tensor, fixed: Scan, mask, displacement_mm: torch.Tensor | None = None) -> list[dict]:
@@ -105,8 +105,8 @@ def evaluate_patient(patient: ThoraxPatient, models: dict[str, CVAE], population
     return table.groupby(keys, sort=False).value.agg(value="mean", sd="std", count="size").reset_index()
 
 # %% ../../nbs/ct5d/66_evaluate.ipynb #5585da79
-PACKAGES = ("core", "data", "metrics", "train", "ct5d")
-MODES = ("slice", "global")
+_PACKAGES = ("core", "data", "metrics", "train", "ct5d")
+_MODES = ("slice", "global")
 
 
 def _scan_folder(case: ThoraxCase, preset: Preset, out_dir: str) -> Path:
@@ -139,7 +139,7 @@ def _cvae_folder(mode: str, train: list[ThoraxCase], preset: Preset, seed: int, 
         train_cvae(mode, preset.ct5d, folders, folder, seed=seed, device=device, report=lambda f: report(f, "training"))
 
     key = _model_key(preset, train) | {"mode": mode, "seed": seed, "device": device}
-    return run_stage(out_dir, "ct5d/cvae", key, make, packages=PACKAGES)
+    return run_stage(out_dir, "ct5d/cvae", key, make, packages=_PACKAGES)
 
 
 def _train_task(mode: str, train: list[ThoraxCase], preset_name: str, seed: int, out_dir: str, device: str, *, report) -> str:
@@ -152,7 +152,7 @@ def _test_task(case: ThoraxCase, train: list[ThoraxCase], preset_name: str, seed
     def make(folder: Path) -> None:
         report(0.1, "measuring")
         models = {f"cvae_{m}": load(_cvae_folder(m, train, preset, seed, out_dir, device, report) / "cvae.safetensors").to(device).eval()
-                  for m in MODES}
+                  for m in _MODES}
         mean = _population_folder(preset, train, out_dir)
         population = read_zarr(mean / "alpha.zarr"), read_zarr(mean / "beta.zarr")
         patient = case.load(preset.ct5d.shape, preset.ct5d.voxel_mm, preset.ct5d.scans)
@@ -160,7 +160,7 @@ def _test_task(case: ThoraxCase, train: list[ThoraxCase], preset_name: str, seed
         table.assign(paper="B", table=1, patient=case.number, seed=seed).to_csv(folder / "values.csv", index=False)
 
     key = _model_key(preset, train) | {"case": case.key(), "seed": seed, "device": device}
-    return str(run_stage(out_dir, "ct5d/patient", key, make, packages=PACKAGES) / "values.csv")
+    return str(run_stage(out_dir, "ct5d/patient", key, make, packages=_PACKAGES) / "values.csv")
 
 
 def tasks(preset: Preset, cohort: str, data_dir: str, out_dir: str, device: str, seeds: list[int]) -> list[Task]:
@@ -174,7 +174,7 @@ def tasks(preset: Preset, cohort: str, data_dir: str, out_dir: str, device: str,
     for seed in seeds:
         text = f", seed {seed}" if len(seeds) > 1 else ""
         trainings = [Task(f"B: cVAE {m}{text}", _train_task, (m, train, preset.name, seed, str(out_dir), device), cost=plan.steps * 0.6, after=made)
-                     for m in MODES]
+                     for m in _MODES]
         tests = [Task(f"B: patient {c.number}{text}", _test_task, (c, train, preset.name, seed, str(out_dir), device), cost=8.0,
                       after=("B: mean patient", *(t.name for t in trainings))) for c in cases if c.split == "test"]
         found += trainings + tests

@@ -17,7 +17,7 @@ from .headneck_shapes import AIR_HU, Canvas, bar_distance, carried, pull_back, r
 from .headneck_shapes import random_smooth, smooth_union
 
 # %% auto #0
-__all__ = ['STRUCTURES', 'SPINE_Z', 'SPINE_Y', 'LEVEL_MM', 'Drawing', 'render']
+__all__ = ['STRUCTURES', 'LEVEL_MM', 'Drawing', 'render']
 
 # %% ../../nbs/data/11_headneck_anatomy.ipynb #381b9e3e
 STRUCTURES = ("body", "helmet", "ctv", "brainstem", "parotid_left", "parotid_right", "oral_cavity", "mandible")
@@ -74,7 +74,7 @@ def _skull(c: Canvas, who: Anatomy) -> None:
     c.bar(34, (0, 16, 36), (0, 31, -14), (13, 10, 12), name="brainstem")
 
 
-SPINE_Z, SPINE_Y = (-300.0, -215.0, -150.0, -85.0, -20.0), (86.0, 56.0, 26.0, 10.0, 16.0)
+_SPINE_Z, _SPINE_Y = (-300.0, -215.0, -150.0, -85.0, -20.0), (86.0, 56.0, 26.0, 10.0, 16.0)
 LEVEL_MM = 17.5  # from one vertebra to the next
 
 
@@ -83,7 +83,7 @@ def _spine(c: Canvas) -> None:
     if box is None:
         return
     x, z = c.x[box], c.z[box]
-    y = c.y[box] - np.interp(z, SPINE_Z, SPINE_Y).astype(np.float32)  # along the curve of the spine
+    y = c.y[box] - np.interp(z, _SPINE_Z, _SPINE_Y).astype(np.float32)  # along the curve of the spine
     level = (z + 26) / LEVEL_MM
     local = (level - np.floor(level) - 0.5) * LEVEL_MM  # height within its vertebra: one shape draws all
     top = np.maximum(z + 26, -310 - z)

@@ -22,8 +22,8 @@ from ..train.presets import Preset, ViTFit, get_preset
 from ..train.runs import Task, run_stage
 
 # %% auto #0
-__all__ = ['FLAT_HU', 'UNBOUNDED_MM', 'PACKAGES', 'RESIDUALS_MM', 'shift_error', 'table_1', 'table_2', 'table_6',
-           'residual_curve', 'run_residuals', 'run_patient', 'tasks']
+__all__ = ['FLAT_HU', 'UNBOUNDED_MM', 'RESIDUALS_MM', 'shift_error', 'table_1', 'table_2', 'table_6', 'residual_curve',
+           'run_residuals', 'run_patient', 'tasks']
 
 # %% ../../nbs/kv2ct/54_evaluate.ipynb #1b504ce6
 FLAT_HU = 100.0  # more than the noise of a column of air
@@ -100,7 +100,7 @@ def table_6(patient: Patient, models: dict, shifts_mm: list[float]) -> list[dict
             for k, v in measured.items()]
 
 # %% ../../nbs/kv2ct/54_evaluate.ipynb #7392f07a
-PACKAGES = ("core", "data", "metrics", "train", "kv2ct")
+_PACKAGES = ("core", "data", "metrics", "train", "kv2ct")
 RESIDUALS_MM = (0.0, 0.3, 0.6, 1.0)
 
 
@@ -126,7 +126,7 @@ def run_residuals(numbers: list[int], voxel_mm: int, out_dir: str, *, report=lam
         pd.DataFrame(residual_curve(numbers, voxel_mm, RESIDUALS_MM)).assign(paper="A", seed=0).to_csv(folder / "values.csv", index=False)
 
     key = {"numbers": numbers, "voxel_mm": voxel_mm, "residuals_mm": RESIDUALS_MM}
-    return str(run_stage(out_dir, "kv2ct/residuals", key, make, packages=PACKAGES) / "values.csv")
+    return str(run_stage(out_dir, "kv2ct/residuals", key, make, packages=_PACKAGES) / "values.csv")
 
 # %% ../../nbs/kv2ct/54_evaluate.ipynb #690102d1
 def _fit_key(case: HeadNeckCase, voxel_mm: int, plan: ViTFit, which: str, reading: Reading, seed: int, device: str) -> dict:
@@ -156,7 +156,7 @@ def run_patient(case: HeadNeckCase, preset_name: str, seed: int, out_dir: str, d
                 converter.train(to, report=lambda f: report(0.05 + 0.85 * (done + f * plan.steps) / total, text))
 
             key = _fit_key(case, preset.voxel_mm, plan, which, reading, seed, device)
-            converters.append(converter.load(run_stage(out_dir, "kv2ct/fit", key, train, packages=PACKAGES)))
+            converters.append(converter.load(run_stage(out_dir, "kv2ct/fit", key, train, packages=_PACKAGES)))
             done += plan.steps
         report(0.9, "measuring")
         values, volumes = _measure(patient, converters, preset.test_shifts)
@@ -165,7 +165,7 @@ def run_patient(case: HeadNeckCase, preset_name: str, seed: int, out_dir: str, d
             write_zarr(like(hu.numpy(), patient.planning, "HU"), folder / f"{name}.zarr")
 
     key = {"case": case.key(), "preset": asdict(preset), "literal": with_literal, "seed": seed, "device": device}
-    return str(run_stage(out_dir, "kv2ct/patient", key, evaluate, packages=PACKAGES) / "values.csv")
+    return str(run_stage(out_dir, "kv2ct/patient", key, evaluate, packages=_PACKAGES) / "values.csv")
 
 
 def _measure(patient: Patient, converters: list[Converter], n_shifts: int) -> tuple[list[dict], dict[str, torch.Tensor]]:

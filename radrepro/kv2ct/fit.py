@@ -4,25 +4,28 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import xarray as xr
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..core.project import project_points
 from ..core.volume import AXES, crop_or_pad, like
 from ..data.headneck import Patient
-from .grss import GRSS, PRIMARY, SECONDARY, crossed_pairs, interleave, kv_phases, matched_pairs, polyphase
+from .grss import GRSS, PRIMARY, SECONDARY, Sampling, crossed_pairs, interleave, kv_phases, matched_pairs, polyphase
 from .model import HierarchicalViT, ViTConfig
 from ..train.loop import Schedule, fit
 from ..train.presets import ViTFit
 
 # %% auto #0
-__all__ = ['OURS', 'LITERAL', 'SMOOTH_KNOTS', 'Reading', 'kv_disturbance', 'Converter', 'fuse', 'full_size', 'flops_per_step',
-           'matched_plan']
+__all__ = ['OURS', 'LITERAL', 'SMOOTH_KNOTS', 'Reading', 'kv_disturbance', 'head_window', 'Converter', 'fuse', 'full_size',
+           'flops_per_step', 'matched_plan']
 
 # %% ../../nbs/kv2ct/52_fit.ipynb #df14b95b
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Reading:
     mean_residual: bool = True
     standardise: bool = True
     mix_sessions: bool = True
+    head_kv: bool = True
     disturb_kv: bool = True
     crossed_pairs: bool = False
     beta: float = 0.05
@@ -41,7 +45,7 @@ class Reading:
 
 OURS = Reading()
 LITERAL = Reading(phase_code=False, per_position=False, mean_residual=False, standardise=False, mix_sessions=False,
-                  disturb_kv=False, crossed_pairs=True, beta=1.0)
+                  head_kv=False, disturb_kv=False, crossed_pairs=True, beta=1.0)
 
 # %% ../../nbs/kv2ct/52_fit.ipynb #7a94a8f8
 SMOOTH_KNOTS = (6, 12, 24)
@@ -54,6 +58,22 @@ def kv_disturbance(shape: tuple[int, ...], generator: torch.Generator) -> torch.
         field = torch.randn(*shape[:2], knots, knots, generator=generator)
         noise = noise + 1.5 * F.interpolate(field, shape[-2:], mode="bicubic", align_corners=True)
     return noise
+
+# %% ../../nbs/kv2ct/52_fit.ipynb #b1f0c2aa
+def head_window(patient: Patient, sampling: Sampling) -> tuple[slice, slice]:
+    """Rows and columns of the kV images in which the head box casts its shadow, in both views and at every shift of `sampling`.
+
+    They begin and end at whole samples of the kV, so that the phases stay what they are."""
+    reach_mm = (0, 0, sampling.range_mm)
+    low, high = ([float(patient.planning[a][at(patient.head_box[a])]) for a in "xyz"] for at in (lambda s: s.start, lambda s: s.stop - 1))
+    corners = np.stack(np.meshgrid(*zip(np.subtract(low, reach_mm), np.add(high, reach_mm)), indexing="ij"), -1).reshape(-1, 3)
+    seen_mm, k = project_points(corners, patient.geometry), sampling.kv_stride  # views, corners, (v, u)
+    window = []
+    for i, centres_mm in enumerate((patient.geometry.v_mm, patient.geometry.u_mm)):
+        first, last = ((f(seen_mm[..., i]) - centres_mm[0]) / patient.geometry.pixel_mm / k for f in (np.min, np.max))
+        window.append(slice(max(math.floor(first), 0) * k, min(math.ceil(last) * k, len(centres_mm))))
+    return tuple(window)
+
 
 # %% ../../nbs/kv2ct/52_fit.ipynb #e5e12fc4
 class Converter:
@@ -69,8 +89,8 @@ class Converter:
         self.kv_sizes = dict(patient.test.kvs[0].sizes)
         self.sampling = PRIMARY if which == "primary" else SECONDARY
         self.box = {a: slice(0, patient.planning.sizes[a]) for a in AXES} if which == "primary" else patient.head_box
-        self.geometry = patient.geometry
-        kvs = [(torch.from_numpy(kv.values), i) for i, s in enumerate(patient.training) for kv in s.kvs]
+        self.window = head_window(patient, self.sampling) if which == "secondary" and reading.head_kv else (slice(None), slice(None))
+        kvs = [(torch.from_numpy(kv.values)[:, *self.window], i) for i, s in enumerate(patient.training) for kv in s.kvs]
         cts = [torch.from_numpy(s.ct.isel(self.box).values).float() for s in patient.training]
         pairs = crossed_pairs(len(kvs), len(cts)) if reading.crossed_pairs else matched_pairs([i for _, i in kvs])
         self.samples = GRSS(cts, [k for k, _ in kvs], pairs, self.sampling,
@@ -154,7 +174,7 @@ class Converter:
         if not torch.isfinite(kv).all():
             raise ValueError("expected kv of finite numbers, got NaN or infinite pixels: repair the image")
         phase = torch.arange(self.sampling.n_phases, device=self.device)
-        out = self.model(self._input(kv_phases(kv.float().to(self.device), self.sampling), phase), phase)
+        out = self.model(self._input(kv_phases(kv[:, *self.window].float().to(self.device), self.sampling), phase), phase)
         return interleave(out * self.ct_scale + self.ct_offset, self.sampling.ct_stride).cpu()
 
 # %% ../../nbs/kv2ct/52_fit.ipynb #532a77f4

@@ -9,7 +9,7 @@ BIN = $(VENV)/bin
 TORCH_INDEX ?=
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: tables test bench readme clean
+.PHONY: tables test bench lessons readme clean
 .DELETE_ON_ERROR:
 
 tables: $(VENV)/ready
@@ -26,6 +26,11 @@ test: $(VENV)/ready
 bench: $(VENV)/ready
 	@for script in $(if $(ONLY),benchmarks/$(ONLY).py,$(filter-out benchmarks/harness.py,$(wildcard benchmarks/*.py))); do \
 	  $(BIN)/python $$script || exit 1; done
+
+# The lessons with their outputs: each picture as Plotly to touch and as PNG for pages that show none. Needs Chrome or Chromium.
+lessons: $(VENV)/ready
+	PLOTLY_RENDERER=plotly_mimetype+png $(BIN)/jupyter nbconvert --log-level ERROR --execute --inplace $(if $(ONLY),$(ONLY),nbs/*/[0-9]*.ipynb)
+	$(BIN)/nbdev_clean
 
 # README.md is nbs/index.ipynb, executed.
 readme: $(VENV)/ready

@@ -173,7 +173,7 @@ def tasks(preset: Preset, cohort: str, data_dir: str, out_dir: str, device: str,
     found = scans + [Task("B: mean patient", _population_task, (train, preset.name, str(out_dir)), cost=2.0, after=made)]
     for seed in seeds:
         text = f", seed {seed}" if len(seeds) > 1 else ""
-        trainings = [Task(f"B: cVAE {m}{text}", _train_task, (m, train, preset.name, seed, str(out_dir), device), cost=plan.steps * 0.6, after=made)
+        trainings = [Task(f"B: cVAE {m}{text}", _train_task, (m, train, preset.name, seed, str(out_dir), device), cost=plan.steps * 0.33, after=made)
                      for m in _MODES]
         tests = [Task(f"B: patient {c.number}{text}", _test_task, (c, train, preset.name, seed, str(out_dir), device), cost=8.0,
                       after=("B: mean patient", *(t.name for t in trainings))) for c in cases if c.split == "test"]

@@ -204,7 +204,8 @@ def _measure(patient: Patient, converters: list[Converter], n_shifts: int) -> tu
 def tasks(preset: Preset, cohort: str, data_dir: str, out_dir: str, device: str, seeds: list[int]) -> list[Task]:
     """One task per patient and seed for `radrepro.train.runs.fan_out`."""
     plan = preset.kv2ct
-    cost = plan.primary.steps * 2.5 + plan.secondary.steps
+    # seconds on one core at 4 mm: drawing and measuring, then primary, secondary, and the primary with the compute of both
+    cost = 20 + 0.05 * (2 * plan.primary.steps + 2 * plan.secondary.steps)
     numbers = [1] if preset.name == "quick" else list(range(1, 6))
     curve = Task("A: residual curve", run_residuals, (numbers, plan.voxel_mm if plan.voxel_mm >= 4 else 4, str(out_dir)), cost=100.0)
     return [curve] + [Task(f"A: patient {case.number}" + (f", seed {seed}" if len(seeds) > 1 else ""), run_patient,

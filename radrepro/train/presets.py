@@ -75,13 +75,13 @@ _PAPER = dict(encoder_dims=(96, 192, 384), decoder_dims=(384, 192, 96, 96))
 
 PRESETS: dict[str, Preset] = {p.name: p for p in (
     Preset("quick", "1",
-           KV2CTPreset(8, 10, ViTFit(7, (32,), (32,), 40), ViTFit(9, (32,), (32,), 40, kv_noise=2.0), 1, 2),
+           KV2CTPreset(8, 10, ViTFit(7, (32,), (32,), 40), ViTFit(9, (32,), (32,), 40), 1, 2),
            CT5DPreset((28, 32, 32), (11.0, 10.0, 11.0), 6, 1, 10, 4, 30, 1)),
     Preset("laptop", "8",
            KV2CTPreset(4, 10, ViTFit(14, (64,), (64,), 200), ViTFit(18, (64,), (64,), 300), 1, 4),
            CT5DPreset((56, 64, 64), (5.7, 5.0, 5.6), 16, 2, 10, 8, 130, 2)),
     Preset("workstation", "30",
-           KV2CTPreset(4, 10, ViTFit(14, (128,), (128,), 600), ViTFit(18, (64,), (64,), 1200, kv_noise=2.0), 2, 8),
+           KV2CTPreset(4, 10, ViTFit(14, (128,), (128,), 600), ViTFit(18, (64,), (64,), 1200), 2, 8),
            CT5DPreset((56, 64, 64), (5.7, 5.0, 5.6), 36, 4, 10, 25, 900, 4)),
     Preset("h200", "25 on one H200",
            KV2CTPreset(2, 10, ViTFit(3, **_PAPER, steps=4000, batch=64), ViTFit(7, **_PAPER, steps=3000, batch=48), 1, 8),

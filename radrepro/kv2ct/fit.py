@@ -64,14 +64,15 @@ def head_window(patient: Patient, sampling: Sampling) -> tuple[slice, slice]:
     """Rows and columns of the kV images in which the head box casts its shadow, in both views and at every shift of `sampling`.
 
     They begin and end at whole samples of the kV, so that the phases stay what they are."""
-    reach_mm = (0, 0, sampling.range_mm)
+    half_mm = np.array([float(patient.planning[a][1] - patient.planning[a][0]) / 2 for a in "xyz"])  # to the faces of the voxels
+    reach_mm = half_mm + (0, 0, sampling.range_mm)
     low, high = ([float(patient.planning[a][at(patient.head_box[a])]) for a in "xyz"] for at in (lambda s: s.start, lambda s: s.stop - 1))
     corners = np.stack(np.meshgrid(*zip(np.subtract(low, reach_mm), np.add(high, reach_mm)), indexing="ij"), -1).reshape(-1, 3)
     seen_mm, k = project_points(corners, patient.geometry), sampling.kv_stride  # views, corners, (v, u)
     window = []
     for i, centres_mm in enumerate((patient.geometry.v_mm, patient.geometry.u_mm)):
-        first, last = ((f(seen_mm[..., i]) - centres_mm[0]) / patient.geometry.pixel_mm / k for f in (np.min, np.max))
-        window.append(slice(max(math.floor(first), 0) * k, min(math.ceil(last) * k, len(centres_mm))))
+        first, last = ((f(seen_mm[..., i]) - centres_mm[0]) / patient.geometry.pixel_mm for f in (np.min, np.max))
+        window.append(slice(max(math.floor(first / k), 0) * k, min((math.ceil(last) // k + 1) * k, len(centres_mm))))
     return tuple(window)
 
 

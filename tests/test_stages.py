@@ -1,6 +1,7 @@
 """Stages under bad conditions, and training that was interrupted."""
 import errno
-import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -51,16 +52,38 @@ def test_a_full_disk_inside_safetensors_is_recognised(tmp_path):
         run_stage(tmp_path, "a/b", {}, full, packages=("core",))
 
 
-def test_a_stage_that_another_run_finished_meanwhile_is_taken(tmp_path):
-    def slow(folder):
-        write(folder)
-        shutil.copytree(folder, folder.with_suffix(""))
-        run_stage(tmp_path / "twin", "a/b", {}, write, packages=("core",))
-        twin = next((tmp_path / "twin").glob("stages/a/b/*/stage.json"))
-        shutil.copy(twin, folder.with_suffix("") / "stage.json")
+SLOW_STAGE = """
+import sys, time
+from pathlib import Path
+from radrepro.train.runs import run_stage
 
-    folder = run_stage(tmp_path, "a/b", {}, slow, packages=("core",))
-    assert (folder / "numbers.txt").read_text() == "1 2 3"
+def make(folder):
+    with open(Path(sys.argv[1]) / "calls.txt", "a") as calls:
+        calls.write("made\\n")
+    for n in range(10):
+        with open(folder / "lines.txt", "a") as lines:
+            lines.write(f"{n}\\n")
+        time.sleep(0.1)
+    if sys.argv[2] == "dies":
+        import os
+        os._exit(9)
+
+run_stage(sys.argv[1], "a/b", {}, make, packages=("core",))
+"""
+
+
+def test_two_runs_at_once_make_a_stage_once(tmp_path):
+    twins = [subprocess.Popen([sys.executable, "-c", SLOW_STAGE, tmp_path, "lives"]) for _ in range(2)]
+    assert [t.wait() for t in twins] == [0, 0]
+    assert (tmp_path / "calls.txt").read_text() == "made\n"
+    [lines] = tmp_path.glob("stages/a/b/*/lines.txt")
+    assert lines.read_text().split() == [str(n) for n in range(10)]
+
+
+def test_a_run_that_died_leaves_no_lock(tmp_path):
+    assert subprocess.run([sys.executable, "-c", SLOW_STAGE, tmp_path, "dies"], check=False).returncode == 9
+    folder = run_stage(tmp_path, "a/b", {}, write, packages=("core",))
+    assert (folder / "numbers.txt").read_text() == "1 2 3" and (folder / "lines.txt").exists()  # it went on in the same place
 
 
 def test_other_disk_errors_are_not_dressed_up(tmp_path):

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError
 from tqdm import tqdm
 
@@ -92,24 +93,23 @@ def run_stage(out_dir: Path | str, name: str, key: dict, make: Callable[[Path], 
     key = key | {"code": code_hash(packages)}
     short = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     folder = Path(out_dir) / "stages" / name / short
-    record = folder / "stage.json"
     if folder.exists():
-        _verify(folder, record)
-        return folder
-    partial = folder.with_suffix(".partial")
+        return _verified(folder)
+    partial, locks = folder.with_suffix(".partial"), Path(out_dir) / "stages" / ".locks"
     started = time.monotonic()
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        make(partial)
-        (partial / "checkpoint.safetensors").unlink(missing_ok=True)
-        (partial / "stage.json").write_text(json.dumps(
-            {"name": name, "key": key, "seconds": round(time.monotonic() - started, 2), "files": _contents(partial),
-             "provenance": provenance()}, indent=1))
-        os.replace(partial, folder)
+        locks.mkdir(parents=True, exist_ok=True)
+        with FileLock(locks / f"{name.replace('/', '-')}-{short}.lock"):  # the system lets go of it when the process dies
+            if folder.exists():  # another run finished it while this one waited
+                return _verified(folder)
+            partial.mkdir(parents=True, exist_ok=True)
+            make(partial)
+            (partial / "checkpoint.safetensors").unlink(missing_ok=True)
+            (partial / "stage.json").write_text(json.dumps(
+                {"name": name, "key": key, "seconds": round(time.monotonic() - started, 2), "files": _contents(partial),
+                 "provenance": provenance()}, indent=1))
+            os.replace(partial, folder)
     except (OSError, SafetensorError) as e:
-        if folder.exists():  # another run finished the same stage meanwhile
-            _verify(folder, record)
-            return folder
         if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(e):
             raise OSError(errno.ENOSPC, f"expected room for stage {name} in {out_dir}, got a full disk: free some space, or "
                                    "pass -p out_dir to another one, and start again; finished stages are kept") from e
@@ -117,16 +117,17 @@ def run_stage(out_dir: Path | str, name: str, key: dict, make: Callable[[Path], 
     return folder
 
 
-def _verify(folder: Path, record: Path) -> None:
+def _verified(folder: Path) -> Path:
     remedy = f"expected the stage as it was written, got {{}}: remove {folder} and start again; only this stage is made anew"
     try:
-        files = json.loads(record.read_text())["files"]
+        files = json.loads((folder / "stage.json").read_text())["files"]
     except (OSError, ValueError, KeyError) as e:
         raise ValueError(remedy.format(f"an unreadable stage.json ({type(e).__name__})")) from None
     found = _contents(folder)
     damaged = sorted(k for k in files.keys() | found.keys() if files.get(k) != found.get(k))
     if damaged:
         raise ValueError(remedy.format(f"a damaged {damaged[0]}"))
+    return folder
 
 # %% ../../nbs/train/42_runs.ipynb #e1051769
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def show(rows: pd.DataFrame, title: str, *, digits: int = 2):
     colours = {"trend holds": "#0072b2", "exact": "#0072b2", "trend fails": "#d55e00", "print is wrong": "#d55e00"}
     style = shown[columns].style.hide(axis="index").set_caption(f"{title} · {cohort} cohort")
     return style.map(lambda v: next((f"color: {c}" for k, c in colours.items() if str(v).startswith(k)), "color: gray"),
-                     subset=["verdict"]).set_table_styles([{"selector": "caption", "props": "font-weight: bold; text-align: left"},
+                     subset=["verdict"]).set_table_styles([{"selector": "caption", "props": "font-weight: bold; text-align: left; white-space: nowrap"},
                                                            {"selector": "td, th", "props": "text-align: right; padding: 2px 8px"}])
 
 
@@ -65,5 +65,5 @@ def show_patients(rows: pd.DataFrame, title: str, *, digits: int = 1):
     table = paper.join(wide, how="outer").loc[order]
     return (table.style.format(f"{{:.{digits}f}}", na_rep="")
             .set_caption(f"{title} · {rows.metric.iloc[0]} [{unit}], {detail} · {' / '.join(rows.cohort.unique())} cohort")
-            .set_table_styles([{"selector": "caption", "props": "font-weight: bold; text-align: left"},
+            .set_table_styles([{"selector": "caption", "props": "font-weight: bold; text-align: left; white-space: nowrap"},
                                {"selector": "td, th", "props": "text-align: right; padding: 2px 8px"}]))

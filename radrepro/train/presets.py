@@ -59,7 +59,7 @@ class CT5DPreset:
 
 @dataclass(frozen=True)
 class Preset:
-    """One size of the whole job. `minutes` is about what it takes on two cores without a GPU, installation excluded (workstation, h200 and paper: estimates, not run yet)."""
+    """One size of the whole job. `minutes` is about what it takes on two cores without a GPU, installation excluded (h200 and paper: estimates, not run yet)."""
 
     name: str
     minutes: str
@@ -80,7 +80,7 @@ PRESETS: dict[str, Preset] = {p.name: p for p in (
     Preset("laptop", "8",
            KV2CTPreset(4, 10, ViTFit(14, (64,), (64,), 200), ViTFit(18, (64,), (64,), 300), 1, 4),
            CT5DPreset((56, 64, 64), (5.7, 5.0, 5.6), 16, 2, 10, 8, 130, 2)),
-    Preset("workstation", "30",
+    Preset("workstation", "28",
            KV2CTPreset(4, 10, ViTFit(14, (128,), (128,), 600), ViTFit(18, (64,), (64,), 1200), 2, 8),
            CT5DPreset((56, 64, 64), (5.7, 5.0, 5.6), 36, 4, 10, 25, 900, 4)),
     Preset("h200", "25 on one H200",

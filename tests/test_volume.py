@@ -191,6 +191,18 @@ def test_zarr_round_trip_is_exact(tmp_path, dtype):
     assert read_zarr(write_zarr(v.isel(z=slice(2)), tmp_path / "v.zarr")).identical(v.isel(z=slice(2)))  # written over
 
 
+def test_zarr_is_read_by_the_process_that_asks(tmp_path):
+    """Not as a dask array: inside a worker that would be put to the cluster's queue, behind what the other workers do."""
+    import dask
+
+    def queued(*args, **kwargs):
+        raise AssertionError("expected the file to be read here, got a task for dask")
+
+    v = volume(np.zeros((3, 4, 5)), **centred_grid((3, 4, 5), 1.0), units="HU")
+    with dask.config.set(scheduler=queued):
+        assert read_zarr(write_zarr(v, tmp_path / "v.zarr")).identical(v)
+
+
 def test_zarr_keeps_fields_and_holes(tmp_path):
     field = volume(
         np.random.default_rng(0).normal(size=(3, 4, 5, 6)).astype(np.float32),

@@ -237,6 +237,7 @@ def read_zarr(path: str | Path) -> xr.DataArray:
     """The DataArray that `write_zarr` wrote, in memory. Raises FileNotFoundError where there is none."""
     if not Path(path).exists():
         raise FileNotFoundError(f"expected a zarr store at {path}, found none: run the stage that writes it")
-    v = xr.open_zarr(path, consolidated=False)["values"].load()
+    # chunks=None: as a dask array it would be read by the whole cluster, behind whatever the other workers are busy with
+    v = xr.open_zarr(path, chunks=None, consolidated=False)["values"].load()
     v.name = None
     return v.assign_coords({VECTOR: list(AXES)}) if VECTOR in v.dims else v

@@ -77,7 +77,7 @@ PRESETS: dict[str, Preset] = {p.name: p for p in (
     Preset("quick", "1",
            KV2CTPreset(8, 10, ViTFit(7, (32,), (32,), 40), ViTFit(9, (32,), (32,), 40), 1, 2),
            CT5DPreset((28, 32, 32), (11.0, 10.0, 11.0), 6, 1, 10, 4, 30, 1)),
-    Preset("laptop", "8",
+    Preset("laptop", "6",
            KV2CTPreset(4, 10, ViTFit(14, (64,), (64,), 200), ViTFit(18, (64,), (64,), 300), 1, 4),
            CT5DPreset((56, 64, 64), (5.7, 5.0, 5.6), 16, 2, 10, 8, 130, 2)),
     Preset("workstation", "28",

@@ -37,12 +37,14 @@ readme: $(VENV)/ready
 	$(BIN)/jupyter nbconvert --log-level ERROR --execute --to markdown --TagRemovePreprocessor.enabled=True \
 	  --TagRemovePreprocessor.remove_input_tags hide_input nbs/index.ipynb --output-dir . --output README
 
-# torch first: any other request would bring another build of it.
+# torch first: any other request would bring another build of it. pyRadPlan last and alone: its metadata ask for a dozen
+# language-model SDKs that it never imports; what it needs is the extra `dose`.
 $(VENV)/ready: constraints.txt settings.ini setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "expected Python 3.11 or newer, got " + sys.version.split()[0] + ": set PYTHON=python3.11")'
 	$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $$(grep '^torch==' constraints.txt)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,dose]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $$(grep '^pyRadPlan==' constraints.txt)
 	touch $@
 
 clean:

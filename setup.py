@@ -22,7 +22,7 @@ setup(
     package_data={"radrepro.data_manifests": ["*.csv", "*.yml"]},
     include_package_data=True,
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={"dev": cfg["dev_requirements"].split(), "dose": cfg["dose_requirements"].split()},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",

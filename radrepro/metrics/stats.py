@@ -3,13 +3,14 @@
 # %% ../../nbs/metrics/23_stats.ipynb #79ad57f5
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 # %% auto #0
-__all__ = ['Spread', 'spread', 'bootstrap_interval', 'PairedTests', 'paired_tests']
+__all__ = ['Spread', 'spread', 'bootstrap_interval', 'Comparison', 'compare_paired']
 
 # %% ../../nbs/metrics/23_stats.ipynb #ee8f4fee
 class Spread(NamedTuple):
@@ -42,29 +43,46 @@ def bootstrap_interval(values, seed: int, *, level: float = 0.95, draws: int = 1
     return float(low), float(high)
 
 # %% ../../nbs/metrics/23_stats.ipynb #0f550259
-class PairedTests(NamedTuple):
-    """Paired comparison of a with b: mean of a - b, p-values, and the number of pairs."""
+class Comparison(NamedTuple):
+    """Methods a and b on the same n patients, by the differences a - b; see `compare_paired`."""
 
-    difference: float
-    t_two_sided: float
-    t_one_sided: float  # for "a is smaller than b", as Paper A
-    wilcoxon_two_sided: float
     n: int
+    mean_difference: float
+    sd_difference: float
+    t_one_sided_p: float  # for "a is smaller than b", as in Paper A
+    t_two_sided_p: float
+    wilcoxon_two_sided_p: float
+    ci_low: float
+    ci_high: float
+    hedges_g: float
 
 
-def paired_tests(a, b) -> PairedTests:
-    """Paired t (two-sided, and one-sided for a < b) and Wilcoxon's test of equally long `a` and `b`, pair by pair.
+def compare_paired(a, b, *, seed: int = 0, level: float = 0.95) -> Comparison:
+    """Paired comparison of equally long `a` and `b`, one value per patient in the same order and unit.
 
-    Pairs with a NaN are left out. p is NaN where fewer than two pairs are left, or all differ by the same amount
-    (t), or all are equal (Wilcoxon). Raises ValueError where the lengths differ."""
+    Paired t (one-sided for a < b, and two-sided), Wilcoxon's signed-rank test (exact up to n = 50, with ties or zeros up to 13;
+    zeros left out of its ranks), percentile bootstrap interval of the mean difference at `level`, and Hedges' g of the differences.
+    Pairs with a NaN are left out; `n` counts the rest. Where all differences are equal, t and g are not defined (NaN);
+    where all are zero, neither is Wilcoxon's p. Raises ValueError for unequal lengths, infinite values, or fewer than three pairs."""
     a, b = np.asarray(a, float).ravel(), np.asarray(b, float).ravel()
     if a.size != b.size:
         raise ValueError(f"expected as many values in a as in b, got {a.size} and {b.size}: pair them by patient first")
-    d = _finite(a - b)
-    t_two = t_one = wilcoxon = float("nan")
-    if d.size > 1 and np.ptp(d) > 0:
-        t_two = float(stats.ttest_1samp(d, 0).pvalue)
-        t_one = float(stats.ttest_1samp(d, 0, alternative="less").pvalue)
-    if d.size > 1 and d.any():
+    if np.isinf(a).any() or np.isinf(b).any():
+        raise ValueError("expected finite values or NaN, got an infinite one: find the patient whose measurement failed")
+    both = ~(np.isnan(a) | np.isnan(b))
+    n = int(both.sum())
+    if n < 3:
+        raise ValueError(f"expected at least 3 pairs without NaN, got {n}: report the differences, no test says anything about them")
+    # Differences that are equal on paper must be equal here too, or ties, zeros and constant differences go unseen.
+    largest = max(np.abs(a[both]).max(), np.abs(b[both]).max())
+    d = np.round(a[both] - b[both], 12 - math.ceil(math.log10(largest or 1.0)))
+    one_sided = two_sided = wilcoxon = g = float("nan")
+    if np.ptp(d) > 0:
+        two_sided = float(stats.ttest_1samp(d, 0).pvalue)
+        one_sided = float(stats.ttest_1samp(d, 0, alternative="less").pvalue)
+        half = (n - 1) / 2
+        g = float(d.mean() / d.std(ddof=1) * math.exp(special.gammaln(half) - special.gammaln(half - 0.5)) / math.sqrt(half))
+    if d.any():
         wilcoxon = float(stats.wilcoxon(d).pvalue)
-    return PairedTests(float(d.mean()), t_two, t_one, wilcoxon, int(d.size))
+    sd = float(d.std(ddof=1)) if np.ptp(d) > 0 else 0.0
+    return Comparison(n, float(d.mean()), sd, one_sided, two_sided, wilcoxon, *bootstrap_interval(d, seed, level=level), g)

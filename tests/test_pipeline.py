@@ -5,13 +5,14 @@ import pytest
 
 from radrepro.core.volume import centred_grid, like, to_tensor, volume
 from radrepro.ct5d import evaluate as ct5d
+from radrepro.kv2ct import dosimetry
 from radrepro.kv2ct import evaluate as kv2ct
 from radrepro.report.claims import COLUMNS, RANDOM_SHIFT_ERROR_MM, add_verdicts, headline, rows_of
 from radrepro.report.tables import show, show_patients, write_headline, write_tables
 from radrepro.train.presets import PRESETS, CT5DPreset, KV2CTPreset, Preset, ViTFit
 from radrepro.train.runs import fan_out
 
-TINY = Preset("tiny", "0", KV2CTPreset(8, 2, ViTFit(7, (32,), (32,), 6, 4), ViTFit(9, (32,), (32,), 6, 4), 1, 2),
+TINY = Preset("tiny", "0", KV2CTPreset(8, 2, ViTFit(7, (32,), (32,), 6, 4), ViTFit(9, (32,), (32,), 6, 4), 1, 2, 1, 2, 16.0, 8.0, 15, False),
               CT5DPreset((14, 16, 16), (22.0, 20.0, 22.0), 2, 0, 2, 3, 4, 2, batch=2))
 
 
@@ -21,6 +22,7 @@ def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "tiny", TINY)
         tasks = ct5d.tasks(TINY, "phantom", "", str(out), "cpu", [0, 1]) + kv2ct.tasks(TINY, "phantom", "", str(out), "cpu", [0])
+        tasks += dosimetry.dose_tasks(TINY, "phantom", "", str(out), "cpu", [0])
         tasks = [t for t in tasks if t.name != "A: residual curve"]
         paths = fan_out(tasks, workers=0)
         again = fan_out(tasks, workers=0)
@@ -38,8 +40,8 @@ def column(rows, **where):
 def test_stages_are_shared_between_tasks(run):
     out, _, _ = run
     made = {p.parent.parent.name: len(list(p.parent.parent.iterdir())) for p in out.glob("stages/*/*/*/stage.json")}
-    # two patients x (primary, secondary, matched) and the literal pair of one; two seeds x two modes; 2 patients x 2 seeds of B + 2 of A
-    assert made["fit"] == 8 and made["cvae"] == 4 and made["scans"] == 2 and made["population"] == 1
+    # two patients x (primary, secondary, matched, two aligned) and the literal pair of one; two seeds x two modes; one set of scans a patient
+    assert made["fit"] == 12 and made["cvae"] == 4 and made["scans"] == 2 and made["population"] == 1
 
 
 def test_rows_carry_what_they_were_measured_with(run):
@@ -72,6 +74,42 @@ def test_registration_follows_the_shift_and_the_mean_ct_does_not(run):
     assert capped.max() <= 1 and RANDOM_SHIFT_ERROR_MM == pytest.approx(11 / 21)
 
 
+def test_dose_rows_lie_beside_the_print(run):
+    pytest.importorskip("pyRadPlan", reason="dose needs the extra dose")
+    out, values, rows = run
+    a = rows[(rows.paper == "A") & rows.table.isin([3, 4, 5])]
+    assert set(a.model) == set(dosimetry.MAIN_MODELS) and a[a.table < 5].ours.between(0, 100).all()
+    printed = a[(a.model.isin(["fused", "primary"])) & (a.patient == "1") & (a.detail != "absolute difference")]
+    missing = printed[printed.published.isna()].metric.unique()
+    assert list(missing) == ["mandible_d0.03cc"]  # the paper has none for its patient 1
+    signed, plain = (column(a, table=5, metric="ctv_d95", model="fused", patient="2", detail=d).ours.item() for d in ("sCT minus gCT", "absolute difference"))
+    assert plain == abs(signed)
+    real = column(a, table=4, patient="mean", detail="2%2mm, gCT as reference")
+    loose = column(a, table=4, patient="mean", detail="3%3mm, gCT as reference")
+    assert (loose.set_index("model").ours >= real.set_index("model").ours).all()
+
+
+def test_a_patient_without_a_ctv_is_a_row_that_says_why(tmp_path, monkeypatch):
+    from radrepro.data import cohorts
+
+    pytest.importorskip("pyRadPlan", reason="dose needs the extra dose")
+    monkeypatch.setitem(PRESETS, "tiny", TINY)
+    whole = cohorts.HeadNeckCase.load
+
+    def without(self, voxel_mm):
+        patient = whole(self, voxel_mm)
+        patient.structures.pop("ctv")
+        return patient
+
+    monkeypatch.setattr(cohorts.HeadNeckCase, "load", without)
+    case = cohorts.HeadNeckCase(2, "phantom")
+    path = dosimetry.run_dose(case, "tiny", dosimetry.hlut_of_tables(), 0, str(tmp_path), "cpu")
+    rows = rows_of(pd.read_csv(path), cohort="phantom", preset="tiny")
+    why = rows[rows.ours.isna()]
+    assert set(why.table) == {4, 5} and why.detail.str.contains("expected a CTV to plan for").all() and (why.n == 0).all()
+    assert add_verdicts(rows).verdict.notna().all() and (rows.table == 3).any() and not list(tmp_path.glob("stages/dose/plan/*/plan.json"))
+
+
 def test_pages_and_files(run, tmp_path):
     _, _, rows = run
     claims = headline(rows)
@@ -79,7 +117,7 @@ def test_pages_and_files(run, tmp_path):
     assert claims[claims.claim.str.contains("truth")].holds.isna().all()
     paths = write_tables(rows, tmp_path, {"seconds": 1})
     text = write_headline(claims, "tiny preset, phantom cohort", tmp_path).read_text()
-    assert [p.name for p in paths] == ["a_table1.csv", "a_table2.csv", "a_table6.csv", "b_table1.csv", "summary.json"]
+    assert [p.name for p in paths] == [*(f"a_table{n}.csv" for n in range(1, 7)), "b_table1.csv", "summary.json"]
     assert len(text.splitlines()) == len(claims) + 1
     page = show(column(rows, paper="A", table=2, patient="mean"), "Paper A, Table 2").to_html()
     assert "trend" in page and "phantom cohort" in page

@@ -15,15 +15,17 @@ from ..core.volume import AXES, like, write_zarr
 from ..data.cohorts import HeadNeckCase, headneck_cases
 from ..data.headneck import Patient, SetUp, phantom_patient, reproject
 from .baselines import mean_training_ct, prior_cts, register_shift_mm, registered_training_ct, search_minimum
-from .fit import LITERAL, OURS, Converter, Reading, fuse, matched_plan
+from .extension import Aligned, extension_converter, new_anatomy_percent, virtual_days
+from .fit import LITERAL, Converter, fuse, matched_plan
 from .grss import GRSS, PRIMARY, SECONDARY, crossed_pairs, shift_rows
+from .registration import WAYS, Pose, moved_ct, moved_training_ct, random_poses, reproject_pose, table_6_poses
 from ..metrics.image import hu_at_volume
-from ..train.presets import Preset, ViTFit, get_preset
+from ..train.presets import KV2CTPreset, Preset, get_preset
 from ..train.runs import Task, run_stage
 
 # %% auto #0
-__all__ = ['FLAT_HU', 'UNBOUNDED_MM', 'RESIDUALS_MM', 'shift_error', 'table_1', 'table_2', 'table_6', 'residual_curve',
-           'run_residuals', 'run_patient', 'tasks']
+__all__ = ['FLAT_HU', 'UNBOUNDED_MM', 'RESIDUALS_MM', 'shift_error', 'table_1', 'table_2', 'shift_errors', 'pose_rows', 'table_6',
+           'residual_curve', 'run_residuals', 'run_patient', 'tasks']
 
 # %% ../../nbs/kv2ct/54_evaluate.ipynb #1b504ce6
 FLAT_HU = 100.0  # more than the noise of a column of air
@@ -48,6 +50,7 @@ def shift_error(predicted: torch.Tensor, true_ct: torch.Tensor, shift_mm: float,
 
 # %% ../../nbs/kv2ct/54_evaluate.ipynb #84785da4
 UNBOUNDED_MM = 6.0
+_SHIFT_KEYS = ("table", "model", "metric", "unit", "detail")
 
 
 def table_1(patient: Patient) -> list[dict]:
@@ -77,27 +80,44 @@ def table_2(patient: Patient, predictions: dict[str, torch.Tensor]) -> list[dict
     return rows
 
 
-def table_6(patient: Patient, models: dict, shifts_mm: list[float]) -> list[dict]:
-    """Shift errors in mm and the MAE under shift; `models`: name -> function of a kV pair (2, V, U) that gives HU (Z, Y, X)."""
+def shift_errors(patient: Patient, models: dict, shifts_mm: list[float]) -> pd.DataFrame:
+    """A line per shift of shift error (mm) or MAE under shift (HU): table, model, metric, unit, detail, shift_mm, value.
+
+    `models`: name -> function of a kV pair (2, V, U) that gives HU (Z, Y, X)."""
     truth, kv = torch.from_numpy(patient.test.ct.values).float(), torch.from_numpy(patient.test.kvs[0].values)
     step = float(patient.planning.z[1] - patient.planning.z[0])
     rows_per_mm = patient.geometry.magnification / patient.geometry.pixel_mm
     ways = [("21 candidates, linear", 1.0, "linear"), ("21 candidates, cubic", 1.0, "cubic"), ("unbounded, cubic", UNBOUNDED_MM, "cubic")]
-    measured: dict[tuple, list[float]] = {}
+    lines = []
     for shift in shifts_mm:
         moved, truly = shift_rows(kv, shift * rows_per_mm, dim=1), torch.from_numpy(reproject(patient, patient.test, shift).values)
         shifted_truth = shift_rows(truth, shift / step, dim=0)
         for name, predict in models.items():
             hu = predict(moved)
-            measured.setdefault((2, name, "mae", "HU", "whole, shifted kV"), []).append(float((hu - shifted_truth).abs().mean()))
+            lines.append((2, name, "mae", "HU", "whole, shifted kV", shift, float((hu - shifted_truth).abs().mean())))
             for detail, half_range, interpolation in ways:
                 error = shift_error(hu, truth, shift, step, half_range_mm=half_range, interpolation=interpolation)
-                measured.setdefault((6, name, "shift_error", "mm", detail), []).append(error)
+                lines.append((6, name, "shift_error", "mm", detail, shift, error))
             error = shift_error(predict(truly), truth, shift, step, half_range_mm=UNBOUNDED_MM)
-            measured.setdefault((6, name, "shift_error", "mm", "re-projected, unbounded, cubic"), []).append(error)
-    names = ("table", "model", "metric", "unit", "detail")
-    return [dict(zip(names, k)) | {"value": float(np.mean(v)), "sd": float(np.std(v, ddof=1)) if len(v) > 1 else np.nan, "count": len(v)}
-            for k, v in measured.items()]
+            lines.append((6, name, "shift_error", "mm", "re-projected, unbounded, cubic", shift, error))
+    return pd.DataFrame(lines, columns=[*_SHIFT_KEYS, "shift_mm", "value"])
+
+
+def pose_rows(patient: Patient, models: dict, poses: list[Pose]) -> list[dict]:
+    """MAE in HU (whole grid) of `models` on kVs of the test day taken anew at six-degree-of-freedom `poses`; the truth is moved alike."""
+    truth, errors = like(patient.test.ct.values, patient.planning, "HU"), {}
+    for pose in poses:
+        kv, there = torch.from_numpy(reproject_pose(patient, patient.test, pose).values), torch.from_numpy(moved_ct(truth, pose).values)
+        for name, predict in models.items():
+            errors.setdefault(name, []).append(float((predict(kv) - there).abs().mean()))
+    return [dict(table=2, model=name, metric="mae", unit="HU", detail="whole, 6-DOF set-up", value=float(np.mean(e)),
+                 sd=float(np.std(e, ddof=1)) if len(e) > 1 else np.nan, count=len(e)) for name, e in errors.items()]
+
+
+def table_6(errors: pd.DataFrame) -> list[dict]:
+    """The means over shifts of `shift_errors`, with sd and count."""
+    means = errors.groupby(list(_SHIFT_KEYS), sort=False).value.agg(value="mean", sd="std", count="count")
+    return means.reset_index().to_dict("records")
 
 # %% ../../nbs/kv2ct/54_evaluate.ipynb #7392f07a
 _PACKAGES = ("core", "data", "metrics", "train", "kv2ct")
@@ -129,13 +149,15 @@ def run_residuals(numbers: list[int], voxel_mm: int, out_dir: str, *, report=lam
     return str(run_stage(out_dir, "kv2ct/residuals", key, make, packages=_PACKAGES) / "values.csv")
 
 # %% ../../nbs/kv2ct/54_evaluate.ipynb #690102d1
-def _fit_key(case: HeadNeckCase, voxel_mm: int, plan: ViTFit, which: str, reading: Reading, seed: int, device: str) -> dict:
-    return {"case": case.key(), "voxel_mm": voxel_mm, "plan": asdict(plan), "which": which, "reading": asdict(reading), "seed": seed,
-            "device": device}
+def _fit_key(case: HeadNeckCase, voxel_mm: int, converter: Converter) -> dict:
+    return {"case": case.key(), "voxel_mm": voxel_mm, "plan": asdict(converter.plan), "seed": converter.seed, "device": converter.device,
+            **{k: v for k, v in converter.made_for.items() if k not in ("patient", "model")}}
 
 
 def run_patient(case: HeadNeckCase, preset_name: str, seed: int, out_dir: str, device: str, *, report=lambda f, text="": None) -> str:
-    """Fit and evaluate one patient; returns the path of its `values.csv` (see `table_1`, `table_2`, `table_6`)."""
+    """Fit and evaluate one patient; returns the path of its `values.csv` (see `table_1`, `table_2`, `table_6`, `pose_rows`).
+
+    Beside it lie `shifts.csv` (a line per shift), and the synthetic CTs as zarr stores named after the models, with `truth.zarr`."""
     preset = get_preset(preset_name).kv2ct
     with_literal = case.number <= preset.literal_patients
 
@@ -144,23 +166,24 @@ def run_patient(case: HeadNeckCase, preset_name: str, seed: int, out_dir: str, d
         patient = case.load(preset.voxel_mm)
         untrained = {w: Converter(patient, w, getattr(preset, w), seed=seed, device=device) for w in ("primary", "secondary")}
         lone = matched_plan(untrained["primary"], untrained["secondary"])
-        plans = [("primary", preset.primary, OURS), ("secondary", preset.secondary, OURS), ("primary", lone, OURS)]
+        days = virtual_days(patient, preset.virtual_days, seed=seed, device=device, report=lambda f, text: report(0.02 + 0.08 * f, text))
+        converters = {"primary": untrained["primary"], "secondary": untrained["secondary"],
+                      "compute-matched": Converter(patient, "primary", lone, seed=seed, device=device)}
+        converters |= {f"{w}, aligned": extension_converter(patient, w, getattr(preset, w), days, seed=seed, device=device)
+                       for w in ("primary", "secondary")}
         if with_literal:
-            plans += [("primary", preset.primary, LITERAL), ("secondary", preset.secondary, LITERAL)]
-        total, done, converters = sum(p.steps for _, p, _ in plans), 0, []
-        for which, plan, reading in plans:
-            converter = Converter(patient, which, plan, reading=reading, seed=seed, device=device)
-            text = which + ("" if plan is not lone else ", compute-matched") + ("" if reading == OURS else ", literal")
+            converters |= {f"{w}, literal": Converter(patient, w, getattr(preset, w), reading=LITERAL, seed=seed, device=device)
+                           for w in ("primary", "secondary")}
+        total, done = sum(c.plan.steps for c in converters.values()), 0
+        for text, converter in converters.items():
+            def train(to: Path, converter=converter, done=done, text=text) -> None:
+                converter.train(to, report=lambda f: report(0.1 + 0.7 * (done + f * converter.plan.steps) / total, text))
 
-            def train(to: Path, converter=converter, done=done, plan=plan, text=text) -> None:
-                converter.train(to, report=lambda f: report(0.05 + 0.85 * (done + f * plan.steps) / total, text))
-
-            key = _fit_key(case, preset.voxel_mm, plan, which, reading, seed, device)
-            converters.append(converter.load(run_stage(out_dir, "kv2ct/fit", key, train, packages=_PACKAGES)))
-            done += plan.steps
-        report(0.9, "measuring")
-        values, volumes = _measure(patient, converters, preset.test_shifts)
-        pd.DataFrame(values).assign(paper="A", patient=case.number, seed=seed).to_csv(folder / "values.csv", index=False)
+            converter.load(run_stage(out_dir, "kv2ct/fit", _fit_key(case, preset.voxel_mm, converter), train, packages=_PACKAGES))
+            done += converter.plan.steps
+        values, errors, volumes = _measure(patient, converters, preset, lambda f, text: report(0.8 + 0.2 * f, text))
+        for rows, name in ((pd.DataFrame(values), "values"), (errors, "shifts")):
+            rows.assign(paper="A", patient=case.number, seed=seed).to_csv(folder / f"{name}.csv", index=False)
         for name, hu in volumes.items():
             write_zarr(like(hu.numpy(), patient.planning, "HU"), folder / f"{name}.zarr")
 
@@ -168,44 +191,52 @@ def run_patient(case: HeadNeckCase, preset_name: str, seed: int, out_dir: str, d
     return str(run_stage(out_dir, "kv2ct/patient", key, evaluate, packages=_PACKAGES) / "values.csv")
 
 
-def _measure(patient: Patient, converters: list[Converter], n_shifts: int) -> tuple[list[dict], dict[str, torch.Tensor]]:
-    primary, secondary, lone, *literal = converters
+def _measure(patient: Patient, converters: dict[str, Converter], preset: KV2CTPreset, report) -> tuple[list[dict], pd.DataFrame, dict]:
     head, test = patient.head_box, torch.from_numpy(patient.test.kvs[0].values)
 
-    def fused(kv: torch.Tensor) -> torch.Tensor:
-        return fuse(primary.predict(kv), secondary.predict(kv), head)
+    def both(suffix: str = ""):
+        return lambda kv: fuse(converters["primary" + suffix].predict(kv), converters["secondary" + suffix].predict(kv), head)
 
+    fused, primary, lone = both(), converters["primary"], converters["compute-matched"]
+    aligned = Aligned(patient, converters["primary, aligned"], converters["secondary, aligned"])
+    literal = both(", literal") if "primary, literal" in converters else None
+    report(0.0, "measuring")
     fused(test)  # the first call pays for set-up
     started = time.perf_counter()
     volumes = {"fused": fused(test)}
     milliseconds = 1000 * (time.perf_counter() - started)
     volumes |= {"primary": primary.predict(test), "primary_matched": lone.predict(test), "mean_ct": mean_training_ct(patient)}
     volumes |= {f"prior_ct_{i + 1}": ct for i, ct in enumerate(prior_cts(patient))}
-    volumes["registration_1dof"] = registered_training_ct(patient, test)
+    volumes |= {"registration_1dof": registered_training_ct(patient, test), "fused_aligned": aligned.predict(test)}
+    volumes |= {f"registration_{way}_{dof}dof": moved_training_ct(patient, test, way, dof) for way, dof in WAYS}
     if literal:
-        volumes["primary_literal"] = literal[0].predict(test)
-        volumes["fused_literal"] = fuse(volumes["primary_literal"], literal[1].predict(test), head)
+        volumes |= {"primary_literal": converters["primary, literal"].predict(test), "fused_literal": literal(test)}
     values = table_1(patient) + table_2(patient, volumes)
+    values += [dict(table=2, model=name, metric="new_anatomy", unit="%", detail="off the training CTs' span",
+                    value=new_anatomy_percent(patient, hu)) for name, hu in volumes.items()]
     others = [torch.from_numpy(k.values) for s in patient.training for k in s.kvs]
     wrong = [pd.DataFrame(table_2(patient, {"fused_wrong_kv": fused(kv)})) for kv in others]
     mean_wrong = wrong[0].assign(value=np.mean([w.value for w in wrong], 0))
     values += mean_wrong.to_dict("records")
     values.append(dict(table=2, model="fused", metric="milliseconds", unit="ms", detail="a CT from a kV pair", value=milliseconds))
-    rng = np.random.default_rng([patient.number, 4500])
-    shifts_mm = rng.uniform(-4.5, 4.5, n_shifts).tolist()  # Paper A: within 4.5 mm
-    mean_ct = volumes["mean_ct"]
-    values += table_6(patient, {"fused": fused, "primary_matched": lone.predict, "mean_ct": lambda kv: mean_ct,
-                                "registration_1dof": lambda kv: registered_training_ct(patient, kv)}, shifts_mm)
-    if literal:
-        values += table_6(patient, {"fused_literal": lambda kv: fuse(literal[0].predict(kv), literal[1].predict(kv), head)}, shifts_mm)
-    return values, {k: volumes[k] for k in ("fused", "primary", "primary_matched")} | {"truth": torch.from_numpy(patient.test.ct.values)}
+    volumes["fused_wrong_kv"] = fused(others[0])
+    shifts_mm = np.random.default_rng([patient.number, 4500]).uniform(-4.5, 4.5, preset.test_shifts).tolist()  # Paper A: within 4.5 mm
+    models = {"fused": fused, "primary_matched": lone.predict, "mean_ct": lambda kv: volumes["mean_ct"],
+              "registration_1dof": lambda kv: registered_training_ct(patient, kv), "fused_aligned": aligned.predict}
+    report(0.3, "shifts")
+    errors = shift_errors(patient, models | ({"fused_literal": literal} if literal else {}), shifts_mm)
+    report(0.7, "poses")
+    poses = random_poses(preset.test_poses, patient.number)
+    models["registration_2d3d_6dof"] = lambda kv: moved_training_ct(patient, kv, "2d3d", 6)
+    values += table_6(errors) + table_6_poses(patient, poses) + pose_rows(patient, models, poses)
+    return values, errors, volumes | {"truth": torch.from_numpy(patient.test.ct.values)}
 
 
 def tasks(preset: Preset, cohort: str, data_dir: str, out_dir: str, device: str, seeds: list[int]) -> list[Task]:
     """One task per patient and seed for `radrepro.train.runs.fan_out`."""
     plan = preset.kv2ct
-    # seconds on one core at 4 mm: drawing and measuring, then primary, secondary, and the primary with the compute of both
-    cost = 20 + 0.05 * (2 * plan.primary.steps + 2 * plan.secondary.steps)
+    # seconds on one core at 4 mm: drawing and measuring, virtual days, then primary and secondary twice, and the primary with the compute of both
+    cost = 50 + 0.5 * plan.virtual_days + 0.05 * (3 * plan.primary.steps + 3 * plan.secondary.steps)
     numbers = [1] if preset.name == "quick" else list(range(1, 6))
     curve = Task("A: residual curve", run_residuals, (numbers, plan.voxel_mm if plan.voxel_mm >= 4 else 4, str(out_dir)), cost=100.0)
     return [curve] + [Task(f"A: patient {case.number}" + (f", seed {seed}" if len(seeds) > 1 else ""), run_patient,

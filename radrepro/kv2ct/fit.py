@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -24,8 +25,8 @@ from ..train.loop import Schedule, fit
 from ..train.presets import ViTFit
 
 # %% auto #0
-__all__ = ['OURS', 'LITERAL', 'SMOOTH_KNOTS', 'Reading', 'kv_disturbance', 'head_window', 'Converter', 'fuse', 'full_size',
-           'flops_per_step', 'matched_plan']
+__all__ = ['OURS', 'LITERAL', 'SMOOTH_KNOTS', 'REAL_SHARE', 'Reading', 'kv_disturbance', 'head_window', 'Converter', 'fuse',
+           'full_size', 'flops_per_step', 'matched_plan']
 
 # %% ../../nbs/kv2ct/52_fit.ipynb #df14b95b
 @dataclass(frozen=True)
@@ -77,24 +78,33 @@ def head_window(patient: Patient, sampling: Sampling) -> tuple[slice, slice]:
 
 
 # %% ../../nbs/kv2ct/52_fit.ipynb #e5e12fc4
+REAL_SHARE = 0.3  # of the samples, where further days are given
+
+
 class Converter:
     """One model of one patient: a kV pair in, HU in a box out. Untrained until `train` or `load`.
 
-    `which`: "primary" (the whole grid) or "secondary" (the head box)."""
+    `which`: "primary" (the whole grid) or "secondary" (the head box). `days`: further pairs of a CT (Z, Y, X) in HU and its kV
+    (2, V, U) to learn from, beside the training sessions, which keep `REAL_SHARE` of the samples. `range_mm`: the largest S-I shift."""
 
-    def __init__(self, patient: Patient, which: str, plan: ViTFit, *, reading: Reading = OURS, seed: int = 0, device: str = "cpu"):
+    def __init__(self, patient: Patient, which: str, plan: ViTFit, *, reading: Reading = OURS, seed: int = 0, device: str = "cpu",
+                 days: Sequence[tuple[torch.Tensor, torch.Tensor]] = (), range_mm: float = PRIMARY.range_mm):
         if which not in ("primary", "secondary"):
             raise ValueError(f"expected primary or secondary, got {which!r}: choose one of the paper's two models")
         self.which, self.plan, self.reading, self.device, self.seed = which, plan, reading, device, seed
-        self.made_for = {"patient": f"{patient.kind} {patient.number} ({patient.source})", "which": which, "reading": asdict(reading)}
+        self.made_for = {"patient": f"{patient.kind} {patient.number} ({patient.source})", "which": which, "reading": asdict(reading),
+                         "days": len(days), "range_mm": range_mm}
         self.kv_sizes = dict(patient.test.kvs[0].sizes)
-        self.sampling = PRIMARY if which == "primary" else SECONDARY
+        self.sampling = replace(PRIMARY if which == "primary" else SECONDARY, range_mm=range_mm)
         self.box = {a: slice(0, patient.planning.sizes[a]) for a in AXES} if which == "primary" else patient.head_box
         self.window = head_window(patient, self.sampling) if which == "secondary" and reading.head_kv else (slice(None), slice(None))
         kvs = [(torch.from_numpy(kv.values)[:, *self.window], i) for i, s in enumerate(patient.training) for kv in s.kvs]
         cts = [torch.from_numpy(s.ct.isel(self.box).values).float() for s in patient.training]
         pairs = crossed_pairs(len(kvs), len(cts)) if reading.crossed_pairs else matched_pairs([i for _, i in kvs])
-        self.samples = GRSS(cts, [k for k, _ in kvs], pairs, self.sampling,
+        pairs = pairs * max(1, round(REAL_SHARE / (1 - REAL_SHARE) * len(days) / len(pairs)))
+        pairs += [(len(kvs) + i, len(cts) + i) for i in range(len(days))]
+        self.samples = GRSS(cts + [ct[tuple(self.box[a] for a in AXES)] for ct, _ in days],
+                            [k for k, _ in kvs] + [kv[:, *self.window] for _, kv in days], pairs, self.sampling,
                             ct_spacing_z_mm=float(patient.planning.z[1] - patient.planning.z[0]),
                             kv_pitch_mm=patient.geometry.pixel_mm, magnification=patient.geometry.magnification, device=device)
         mean_kv, mean_ct = torch.stack([k for k, _ in kvs]).mean(0), torch.stack(cts).mean(0)

@@ -7,13 +7,13 @@ import numpy as np
 import pandas as pd
 
 from ..data.manifests import read_claims
-from ..metrics.stats import spread
+from ..metrics.stats import compare_paired, spread
 
 COLUMNS = ["paper", "table", "patient", "model", "metric", "unit", "detail", "cohort", "preset", "seed",
            "published", "ours", "spread", "n", "verdict"]
 
 # %% auto #0
-__all__ = ['COLUMNS', 'RANDOM_SHIFT_ERROR_MM', 'published', 'rows_of', 'add_verdicts', 'headline']
+__all__ = ['COLUMNS', 'RANDOM_SHIFT_ERROR_MM', 'published', 'rows_of', 'add_verdicts', 'headline', 'comparisons']
 
 # %% ../../nbs/report/70_claims.ipynb #c6bfc228
 def _tidy(paper: str, table: int, patient, model: str, metric: str, detail: str, value, sd=np.nan) -> dict:
@@ -39,6 +39,16 @@ def published() -> pd.DataFrame:
         rows.append(_tidy("A", 6, patient, "fused", "shift_error", "21 candidates, linear", t6[str(patient)]))
     rows.append(_tidy("A", 6, "mean", "fused", "shift_error", "21 candidates, linear",
                       t6["printed_mean_in_text"], t6["printed_sd_in_text"]))
+    names = {"kV2CTConverter": "fused", "primary_only": "primary"}
+    for table, metric, readings in ((3, "hu_gamma", (", HU + 1000", ", HU")), (4, "dose_gamma", ("",))):  # Table 3 does not say which
+        claims = read_claims(f"kv2ct_table{table}").query("reference != 'both'")
+        sds = claims[claims.patient == "printed_sd"].set_index(["model", "criterion", "reference"]).passing_rate_pct
+        for r in claims[claims.patient != "printed_sd"].itertuples():
+            mean = r.patient == "printed_mean"
+            rows += [_tidy("A", table, "mean" if mean else r.patient, names[r.model], metric, f"{r.criterion}, {r.reference} as reference{reading}",
+                           r.passing_rate_pct, sds[r.model, r.criterion, r.reference] if mean else np.nan) for reading in readings]
+    rows += [_tidy("A", 5, r["patient"], names[r["model"]], r["index"], "sCT minus gCT", r["difference"])
+             for r in read_claims("kv2ct_table5").dropna(subset="difference").to_dict("records")]
     names = {"No Deformation": "none", "cVAE": "cvae_global", "LDM": "ldm_paper"}
     for r in read_claims("ct5d_table1").itertuples():
         for metric, detail, value, sd in (("masked_mse", "lung + 10 mm", r.masked_mse, np.nan), ("mse", "whole", r.mse, np.nan),
@@ -63,11 +73,14 @@ def rows_of(values: pd.DataFrame, *, cohort: str, preset: str) -> pd.DataFrame:
     for group, part in values.groupby(keys, sort=False):
         base = dict(zip(keys, group)) | {"preset": preset, "seed": " ".join(str(s) for s in sorted(part.seed.unique()))}
         for patient, one in part.groupby("patient", sort=False):
+            if one.value.isna().all():  # not contoured, no plan: `detail` says it
+                rows.append(base | {"patient": patient, "ours": np.nan, "spread": np.nan, "n": 0})
+                continue
             seeds = spread(one.value)
             own = (seeds.sd, seeds.n) if seeds.n > 1 else (one.sd.iloc[0], int(one["count"].iloc[0]))
             rows.append(base | {"patient": patient, "ours": seeds.mean, "spread": own[0], "n": own[1]})
         patients = part.groupby("patient", sort=False).value.mean()
-        if len(patients) > 1 and base["metric"] != "samples":  # a mean of counts says nothing
+        if patients.notna().sum() > 1 and base["metric"] != "samples":  # a mean of counts says nothing
             rows.append(base | {"patient": "mean"} | dict(zip(("ours", "spread", "n"), spread(patients))))
     on = ["paper", "table", "patient", "model", "metric", "detail"]
     return pd.DataFrame(rows).merge(published()[[*on, "published"]], on=on, how="left").assign(verdict="")[COLUMNS]
@@ -89,6 +102,10 @@ def _holds(row: pd.Series, ours) -> bool | None:
     if kind == ("A", 2, "mae") and row.model in ("fused", "primary"):
         shifted = row.detail.endswith("shifted kV")
         mine, other = ours("fused", row.detail), ours("mean_ct" if shifted else "primary", row.detail)
+    elif kind[:2] in (("A", 3), ("A", 4)) and row.model in ("fused", "primary"):
+        mine, other = -ours("fused", row.detail), -ours("primary", row.detail)  # a pass rate: more is better
+    elif kind[:2] == ("A", 5) and row.model in ("fused", "primary"):
+        mine, other = abs(ours("fused", row.detail)), abs(ours("primary", row.detail))
     elif row.paper == "B" and row.model.startswith(("cvae", "ldm")) and row.metric in ("mse", "masked_mse", "ms_ssim"):
         other = ours("none", row.detail.split(",")[0])  # variants of a model are compared with the same domain
         mine, other = (-mine, -other) if row.metric == "ms_ssim" else (mine, other)
@@ -125,11 +142,15 @@ def headline(rows: pd.DataFrame) -> pd.DataFrame:
                     & (rows.model == model) & (rows.patient != "mean")]
         return part.set_index("patient").ours
 
-    def below(claim, a, b, unit, *, least: float, digits: int = 1, reason: str) -> None:
-        if len(a) and len(b):
-            wins, n = int((a < b[a.index]).sum()), len(a)
-            means = f"{a.mean():.{digits}f} against {b[a.index].mean():.{digits}f} {unit}".strip()
-            add(claim, f"{means}; {wins} of {n} patients", bool(wins >= least * n), reason)
+    def below(claim, a, b, unit, *, least: float | None = None, digits: int = 1, reason: str, more: bool = False) -> None:
+        # in at least that share of the patients, or, without `least`, in the mean; `more`: above instead
+        a, b = a.dropna(), b.dropna()
+        both = a.index.intersection(b.index)
+        if len(both):
+            a, b, sign = a[both], b[both], -1 if more else 1
+            wins, n = int((sign * a < sign * b).sum()), len(both)
+            means = f"{a.mean():.{digits}f} against {b.mean():.{digits}f} {unit}".strip()
+            add(claim, f"{means}; {wins} of {n} patients", bool(sign * a.mean() < sign * b.mean() if least is None else wins >= least * n), reason)
 
     def mae(model, detail="whole"):
         return column("A", 2, "mae", detail, model)
@@ -152,6 +173,26 @@ def headline(rows: pd.DataFrame) -> pd.DataFrame:
     if len(ours):
         add("A: unbounded shift error under 0.4 mm, or within 0.1 mm of 1-DOF registration",
             f"{ours.mean():.2f} mm; registration {plain.mean():.2f} mm", bool(ours.mean() < 0.4 or ours.mean() <= plain.mean() + 0.1), few)
+    smooth = "the dual model is sharper than its primary only where it read the day rightly; the tables show which patients lose"
+    for table, metric, what in ((3, "hu_gamma", "gamma of HU + 1000"), (4, "dose_gamma", "gamma of dose")):
+        detail = "2%2mm, gCT as reference" + (", HU + 1000" if table == 3 else "")
+        below(f"A: dual model above its primary model, {what}, 2%/2mm, mean", column("A", table, metric, detail, "fused"),
+              column("A", table, metric, detail, "primary"), "%", digits=2, reason=smooth, more=True)
+    for unit, names in (("%", ("ctv_d95", "ctv_d2")),
+                        ("cGy", ("brainstem_d0.01cc", "parotid_total_mean", "oral_cavity_mean", "mandible_d0.03cc"))):
+        mean = lambda model: pd.concat([column("A", 5, m, "absolute difference", model) for m in names]).groupby(level=0).mean()
+        below(f"A: dual model below its primary model, mean |DVH difference| of {'CTV' if unit == '%' else 'organs'}", mean("fused"), mean("primary"),
+              unit, digits=2, reason=smooth)
+    ours = "fused_aligned"
+    for detail, rivals in (("whole, shifted kV", ("registration_1dof", "fused")), ("whole, 6-DOF set-up", ("registration_2d3d_6dof", "fused"))):
+        for rival in rivals:
+            below(f"A, our extension: below {rival}, MAE, {detail.removeprefix('whole, ')}, mean", mae(ours, detail), mae(rival, detail), "HU", reason=few)
+    for rival in ("registration_1dof", "fused"):
+        below(f"A, our extension: below {rival}, unbounded shift error, mean", column("A", 6, "shift_error", "unbounded, cubic", ours),
+              column("A", 6, "shift_error", "unbounded, cubic", rival), "mm", digits=2, reason=few)
+    new = {m: column("A", 2, "new_anatomy", "off the training CTs' span", m) for m in (ours, "fused", "registration_2d3d_6dof")}
+    if len(new[ours]):
+        add("A: share of new anatomy recovered", ", ".join(f"{m} {v.mean():.0f} %" for m, v in new.items()), None)
     none = column("B", 1, "masked_mse", "lung + 10 mm", "none")
     for model in ("population", "cvae_global", "cvae_slice", "truth"):
         mse = column("B", 1, "masked_mse", "lung + 10 mm", model)
@@ -170,3 +211,26 @@ def headline(rows: pd.DataFrame) -> pd.DataFrame:
     below("B: the trace of another scan is worse", column("B", 1, "masked_mse", "lung + 10 mm", "cvae_slice"),
           column("B", 1, "masked_mse", "lung + 10 mm, swapped trace", "cvae_slice"), "", least=0.8, digits=4, reason=few)
     return pd.DataFrame(found, columns=["claim", "value", "holds", "reason"])
+
+# %% ../../nbs/report/70_claims.ipynb #c0mpar15
+def comparisons(rows: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """Paired tests over patients, dual model against others: a line per table, metric, detail and rival; a - b is dual minus rival.
+
+    `p_one_sided` is the paper's test (the dual model better); NaN intervals and tests where fewer than three patients are there."""
+    details = {2: ("mae", ("whole", "head box", "whole, shifted kV")), 3: ("hu_gamma", ("2%2mm, gCT as reference, HU + 1000",)),
+               4: ("dose_gamma", ("2%2mm, gCT as reference",)), 6: ("shift_error", ("unbounded, cubic",))}
+    lines = []
+    for table, (metric, names) in details.items():
+        for detail in names:
+            part = rows[(rows.paper == "A") & (rows.table == table) & (rows.metric == metric) & (rows.detail == detail) & (rows.patient != "mean")]
+            wide = part.pivot_table(index="patient", columns="model", values="ours", sort=False)
+            for rival in ("primary", "primary_matched", "mean_ct", "registration_1dof", "fused_aligned"):
+                if {"fused", rival} <= set(wide) and wide[["fused", rival]].notna().all(axis=1).sum() >= 3:
+                    sign = -1 if metric.endswith("gamma") else 1
+                    c = compare_paired(sign * wide["fused"], sign * wide[rival], seed=seed)
+                    low, high = sorted((sign * c.ci_low, sign * c.ci_high))
+                    lines.append({"table": table, "metric": metric, "detail": detail, "rival": rival, "n": c.n, "mean_difference": sign * c.mean_difference,
+                                  "ci_low": low, "ci_high": high, "hedges_g": sign * c.hedges_g, "p_one_sided": c.t_one_sided_p,
+                                  "p_two_sided": c.t_two_sided_p, "p_wilcoxon": c.wilcoxon_two_sided_p})
+    return pd.DataFrame(lines)
+

@@ -9,7 +9,7 @@ BIN = $(VENV)/bin
 TORCH_INDEX ?=
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: tables test bench lessons readme clean
+.PHONY: tables figures test bench lessons readme clean
 .DELETE_ON_ERROR:
 
 tables: $(VENV)/ready
@@ -19,6 +19,14 @@ tables: $(VENV)/ready
 	@$(BIN)/jupyter nbconvert --log-level ERROR --no-input --to html $(OUT)/tables.ipynb
 	@echo "tables: $(OUT)/tables.html  $(OUT)/tables.ipynb  $(OUT)/tables/*.csv"
 	@cat $(OUT)/tables/headline.txt
+
+figures: $(VENV)/ready
+	@mkdir -p $(OUT)
+	@$(BIN)/papermill nbs/figures.ipynb $(OUT)/figures.ipynb --no-progress-bar -p preset $(PRESET) -p cohort $(COHORT) \
+	  -p out_dir $(OUT) $(if $(DATA_DIR),-p data_dir $(DATA_DIR)) $(if $(SEEDS),-p seeds $(SEEDS)) $(if $(DEVICE),-p device $(DEVICE)) \
+	  $(if $(PATIENT),-p patient $(PATIENT))
+	@$(BIN)/jupyter nbconvert --log-level ERROR --no-input --to html $(OUT)/figures.ipynb
+	@echo "figures: $(OUT)/figures.html  $(OUT)/figures/*.html  *.png  *.csv"
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term --cov-fail-under=90

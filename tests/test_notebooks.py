@@ -40,7 +40,7 @@ def test_library_is_what_the_notebooks_export(tmp_path):
 
 def test_papermill_parameters_survive_cleaning(tmp_path):
     """nbdev_clean must keep the tag that papermill needs; without it papermill's values would be ignored silently."""
-    for name in ("tables",):
+    for name in ("tables", "figures"):
         copy = tmp_path / f"{name}.ipynb"
         copy.write_text((ROOT / "nbs" / f"{name}.ipynb").read_text())
         (tmp_path / "settings.ini").write_text((ROOT / "settings.ini").read_text())

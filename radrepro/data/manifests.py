@@ -23,7 +23,7 @@ def manifests_dir() -> Path:
 
 
 def read_claims(name: str) -> pd.DataFrame:
-    """Published numbers: `name` is `kv2ct_table1` ... `kv2ct_table6`, `ct5d_table1` or `errata`.
+    """Published numbers: `name` is `kv2ct_table1` ... `kv2ct_table6`, `kv2ct_figures`, `ct5d_table1` or `errata`.
 
     One row per printed line, in the paper's units (column names carry them).
     Raises ValueError with the names that exist."""

@@ -30,7 +30,8 @@ __all__ = ['READINGS', 'MAIN_MODELS', 'gamma_label', 'table_3', 'table_4', 'plan
 READINGS = {"HU + 1000": 1000.0, "HU": 0.0}
 
 
-def _both_ways(table: int, model: str, metric: str, predicted: xr.DataArray, truth: xr.DataArray, suffix: str = "", device: str = "cpu") -> list[dict]:
+def _both_ways(table: int, model: str, metric: str, predicted: xr.DataArray, truth: xr.DataArray, suffix: str = "",
+               device: str = "cpu") -> list[dict]:
     rows = []
     for c in CRITERIA:
         for name, reference, evaluated in (("sCT", predicted, truth), ("gCT", truth, predicted)):

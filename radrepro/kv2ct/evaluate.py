@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from ..data.cohorts import HeadNeckCase, headneck_cases
 from ..data.headneck import Patient, SetUp, phantom_patient, reproject
 from .baselines import mean_training_ct, prior_cts, register_shift_mm, registered_training_ct, search_minimum
 from .extension import Aligned, extension_converter, new_anatomy_percent, virtual_days
-from .fit import LITERAL, Converter, fuse, matched_plan
+from .fit import LITERAL, OURS, Converter, fuse, matched_plan
 from .grss import GRSS, PRIMARY, SECONDARY, crossed_pairs, shift_rows
 from .registration import WAYS, Pose, moved_ct, moved_training_ct, random_poses, reproject_pose, table_6_poses
 from ..metrics.image import hu_at_volume
@@ -24,8 +25,9 @@ from ..train.presets import KV2CTPreset, Preset, get_preset
 from ..train.runs import Task, run_stage
 
 # %% auto #0
-__all__ = ['FLAT_HU', 'UNBOUNDED_MM', 'RESIDUALS_MM', 'shift_error', 'table_1', 'table_2', 'shift_errors', 'pose_rows', 'table_6',
-           'residual_curve', 'run_residuals', 'run_patient', 'tasks']
+__all__ = ['FLAT_HU', 'UNBOUNDED_MM', 'RESIDUALS_MM', 'CONVERTERS', 'LITERAL_CONVERTERS', 'shift_error', 'table_1', 'table_2',
+           'shift_errors', 'pose_rows', 'table_6', 'residual_curve', 'run_residuals', 'fit_models', 'predictors',
+           'run_patient', 'tasks']
 
 # %% ../../nbs/kv2ct/54_evaluate.ipynb #1b504ce6
 FLAT_HU = 100.0  # more than the noise of a column of air
@@ -148,12 +150,67 @@ def run_residuals(numbers: list[int], voxel_mm: int, out_dir: str, *, report=lam
     key = {"numbers": numbers, "voxel_mm": voxel_mm, "residuals_mm": RESIDUALS_MM}
     return str(run_stage(out_dir, "kv2ct/residuals", key, make, packages=_PACKAGES) / "values.csv")
 
-# %% ../../nbs/kv2ct/54_evaluate.ipynb #690102d1
-def _fit_key(case: HeadNeckCase, voxel_mm: int, converter: Converter) -> dict:
-    return {"case": case.key(), "voxel_mm": voxel_mm, "plan": asdict(converter.plan), "seed": converter.seed, "device": converter.device,
+# %% ../../nbs/kv2ct/54_evaluate.ipynb #f17m0de1
+CONVERTERS = ("primary", "secondary", "compute-matched", "primary, aligned", "secondary, aligned")
+LITERAL_CONVERTERS = ("primary, literal", "secondary, literal")
+
+
+def _untrained(name: str, patient: Patient, preset: KV2CTPreset, days, how: dict) -> Converter:
+    if name == "compute-matched":
+        return Converter(patient, "primary", matched_plan(*(_untrained(w, patient, preset, (), how) for w in CONVERTERS[:2])), **how)
+    which, _, kind = name.partition(", ")
+    if kind == "aligned":
+        return extension_converter(patient, which, getattr(preset, which), days, **how)
+    return Converter(patient, which, getattr(preset, which), reading=LITERAL if kind == "literal" else OURS, **how)
+
+
+def _fit_key(case: HeadNeckCase, patient: Patient, voxel_mm: int, converter: Converter) -> dict:
+    return {"case": case.key(), "voxel_mm": voxel_mm, "sessions": [s.name for s in patient.training], "plan": asdict(converter.plan),
+            "seed": converter.seed, "device": converter.device,
             **{k: v for k, v in converter.made_for.items() if k not in ("patient", "model")}}
 
 
+def fit_models(case: HeadNeckCase, patient: Patient, preset: KV2CTPreset, seed: int, out_dir: str, device: str,
+               names: tuple[str, ...] = CONVERTERS, *, report=lambda f, text="": None) -> dict[str, Converter]:
+    """The trained converters of a patient by name, each trained, or read, as a stage of its own; makes the virtual days that they need.
+
+    `patient`: of `case` at `preset.voxel_mm`, maybe with other training sessions. `names`: of `CONVERTERS` and `LITERAL_CONVERTERS`,
+    else ValueError."""
+    unknown = sorted(set(names) - {*CONVERTERS, *LITERAL_CONVERTERS})
+    if unknown:
+        raise ValueError(f"expected names among {(*CONVERTERS, *LITERAL_CONVERTERS)}, got {unknown}: correct them")
+    days, how = (), {"seed": seed, "device": device}
+    if any(n.endswith(", aligned") for n in names):
+        days = virtual_days(patient, preset.virtual_days, **how, report=lambda f, text: report(0.1 * f, text))
+    converters = {n: _untrained(n, patient, preset, days, how) for n in names}
+    total, done = sum(c.plan.steps for c in converters.values()), 0
+    for name, converter in converters.items():
+        def train(to: Path, converter=converter, done=done, name=name) -> None:
+            converter.train(to, report=lambda f: report(0.1 + 0.9 * (done + f * converter.plan.steps) / total, name))
+
+        converter.load(run_stage(out_dir, "kv2ct/fit", _fit_key(case, patient, preset.voxel_mm, converter), train, packages=_PACKAGES))
+        done += converter.plan.steps
+    return converters
+
+
+def predictors(patient: Patient, converters: dict[str, Converter]) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """By the tables' names of the models: functions of a kV pair (2, V, U) that give HU (Z, Y, X).
+
+    `mean_ct` and `registration_1dof` always; `fused`, `primary_matched`, `fused_aligned`, `fused_literal` where `converters` has
+    their parts."""
+    def both(suffix: str = ""):
+        return lambda kv: fuse(converters["primary" + suffix].predict(kv), converters["secondary" + suffix].predict(kv), patient.head_box)
+
+    mean = mean_training_ct(patient)
+    models = {"fused": both()} if "primary" in converters else {}
+    if "compute-matched" in converters:
+        models["primary_matched"] = converters["compute-matched"].predict
+    models |= {"mean_ct": lambda kv: mean, "registration_1dof": lambda kv: registered_training_ct(patient, kv)}
+    if "primary, aligned" in converters:
+        models["fused_aligned"] = Aligned(patient, converters["primary, aligned"], converters["secondary, aligned"]).predict
+    return models | ({"fused_literal": both(", literal")} if "primary, literal" in converters else {})
+
+# %% ../../nbs/kv2ct/54_evaluate.ipynb #690102d1
 def run_patient(case: HeadNeckCase, preset_name: str, seed: int, out_dir: str, device: str, *, report=lambda f, text="": None) -> str:
     """Fit and evaluate one patient; returns the path of its `values.csv` (see `table_1`, `table_2`, `table_6`, `pose_rows`).
 
@@ -164,23 +221,8 @@ def run_patient(case: HeadNeckCase, preset_name: str, seed: int, out_dir: str, d
     def evaluate(folder: Path) -> None:
         report(0.0, "reading the patient")
         patient = case.load(preset.voxel_mm)
-        untrained = {w: Converter(patient, w, getattr(preset, w), seed=seed, device=device) for w in ("primary", "secondary")}
-        lone = matched_plan(untrained["primary"], untrained["secondary"])
-        days = virtual_days(patient, preset.virtual_days, seed=seed, device=device, report=lambda f, text: report(0.02 + 0.08 * f, text))
-        converters = {"primary": untrained["primary"], "secondary": untrained["secondary"],
-                      "compute-matched": Converter(patient, "primary", lone, seed=seed, device=device)}
-        converters |= {f"{w}, aligned": extension_converter(patient, w, getattr(preset, w), days, seed=seed, device=device)
-                       for w in ("primary", "secondary")}
-        if with_literal:
-            converters |= {f"{w}, literal": Converter(patient, w, getattr(preset, w), reading=LITERAL, seed=seed, device=device)
-                           for w in ("primary", "secondary")}
-        total, done = sum(c.plan.steps for c in converters.values()), 0
-        for text, converter in converters.items():
-            def train(to: Path, converter=converter, done=done, text=text) -> None:
-                converter.train(to, report=lambda f: report(0.1 + 0.7 * (done + f * converter.plan.steps) / total, text))
-
-            converter.load(run_stage(out_dir, "kv2ct/fit", _fit_key(case, preset.voxel_mm, converter), train, packages=_PACKAGES))
-            done += converter.plan.steps
+        converters = fit_models(case, patient, preset, seed, out_dir, device, CONVERTERS + (LITERAL_CONVERTERS if with_literal else ()),
+                                report=lambda f, text: report(0.02 + 0.78 * f, text))
         values, errors, volumes = _measure(patient, converters, preset, lambda f, text: report(0.8 + 0.2 * f, text))
         for rows, name in ((pd.DataFrame(values), "values"), (errors, "shifts")):
             rows.assign(paper="A", patient=case.number, seed=seed).to_csv(folder / f"{name}.csv", index=False)
@@ -192,25 +234,19 @@ def run_patient(case: HeadNeckCase, preset_name: str, seed: int, out_dir: str, d
 
 
 def _measure(patient: Patient, converters: dict[str, Converter], preset: KV2CTPreset, report) -> tuple[list[dict], pd.DataFrame, dict]:
-    head, test = patient.head_box, torch.from_numpy(patient.test.kvs[0].values)
-
-    def both(suffix: str = ""):
-        return lambda kv: fuse(converters["primary" + suffix].predict(kv), converters["secondary" + suffix].predict(kv), head)
-
-    fused, primary, lone = both(), converters["primary"], converters["compute-matched"]
-    aligned = Aligned(patient, converters["primary, aligned"], converters["secondary, aligned"])
-    literal = both(", literal") if "primary, literal" in converters else None
+    test, models = torch.from_numpy(patient.test.kvs[0].values), predictors(patient, converters)
+    fused = models["fused"]
     report(0.0, "measuring")
     fused(test)  # the first call pays for set-up
     started = time.perf_counter()
     volumes = {"fused": fused(test)}
     milliseconds = 1000 * (time.perf_counter() - started)
-    volumes |= {"primary": primary.predict(test), "primary_matched": lone.predict(test), "mean_ct": mean_training_ct(patient)}
+    volumes |= {"primary": converters["primary"].predict(test)} | {name: models[name](test) for name in ("primary_matched", "mean_ct")}
     volumes |= {f"prior_ct_{i + 1}": ct for i, ct in enumerate(prior_cts(patient))}
-    volumes |= {"registration_1dof": registered_training_ct(patient, test), "fused_aligned": aligned.predict(test)}
+    volumes |= {name: models[name](test) for name in ("registration_1dof", "fused_aligned")}
     volumes |= {f"registration_{way}_{dof}dof": moved_training_ct(patient, test, way, dof) for way, dof in WAYS}
-    if literal:
-        volumes |= {"primary_literal": converters["primary, literal"].predict(test), "fused_literal": literal(test)}
+    if "fused_literal" in models:
+        volumes |= {"primary_literal": converters["primary, literal"].predict(test), "fused_literal": models["fused_literal"](test)}
     values = table_1(patient) + table_2(patient, volumes)
     values += [dict(table=2, model=name, metric="new_anatomy", unit="%", detail="off the training CTs' span",
                     value=new_anatomy_percent(patient, hu)) for name, hu in volumes.items()]
@@ -221,12 +257,11 @@ def _measure(patient: Patient, converters: dict[str, Converter], preset: KV2CTPr
     values.append(dict(table=2, model="fused", metric="milliseconds", unit="ms", detail="a CT from a kV pair", value=milliseconds))
     volumes["fused_wrong_kv"] = fused(others[0])
     shifts_mm = np.random.default_rng([patient.number, 4500]).uniform(-4.5, 4.5, preset.test_shifts).tolist()  # Paper A: within 4.5 mm
-    models = {"fused": fused, "primary_matched": lone.predict, "mean_ct": lambda kv: volumes["mean_ct"],
-              "registration_1dof": lambda kv: registered_training_ct(patient, kv), "fused_aligned": aligned.predict}
     report(0.3, "shifts")
-    errors = shift_errors(patient, models | ({"fused_literal": literal} if literal else {}), shifts_mm)
+    errors = shift_errors(patient, models, shifts_mm)
     report(0.7, "poses")
     poses = random_poses(preset.test_poses, patient.number)
+    models.pop("fused_literal", None)
     models["registration_2d3d_6dof"] = lambda kv: moved_training_ct(patient, kv, "2d3d", 6)
     values += table_6(errors) + table_6_poses(patient, poses) + pose_rows(patient, models, poses)
     return values, errors, volumes | {"truth": torch.from_numpy(patient.test.ct.values)}

@@ -56,7 +56,8 @@ def changed_day(patient: Patient, session: Session, kv: int, displacement_mm: to
     return ct, torch.from_numpy(session.kvs[kv].values + after - before)
 
 
-def virtual_days(patient: Patient, n: int, *, seed: int = 0, device: str = "cpu", report=lambda f, text="": None) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def virtual_days(patient: Patient, n: int, *, seed: int = 0, device: str = "cpu",
+                 report=lambda f, text="": None) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """`n` pairs of a CT (Z, Y, X) in HU and its kV pair (2, V, U), made from the training sessions in turn by random changes."""
     generator, days = torch.Generator().manual_seed(seed), []
     before = [projected(patient, s.ct, device) for s in patient.training[:n]]

@@ -193,6 +193,9 @@ def headline(rows: pd.DataFrame) -> pd.DataFrame:
     new = {m: column("A", 2, "new_anatomy", "off the training CTs' span", m) for m in (ours, "fused", "registration_2d3d_6dof")}
     if len(new[ours]):
         add("A: share of new anatomy recovered", ", ".join(f"{m} {v.mean():.0f} %" for m, v in new.items()), None)
+    follows = {m: column("A", 7, "follows_to", "S-I, less than 1 mm added to the shift error", m) for m in ("fused", ours)}
+    if len(follows["fused"]):
+        add("A: S-I shift up to which the models follow", ", ".join(f"{m} {v.mean():.2g} mm" for m, v in follows.items()), None)
     none = column("B", 1, "masked_mse", "lung + 10 mm", "none")
     for model in ("population", "cvae_global", "cvae_slice", "truth"):
         mse = column("B", 1, "masked_mse", "lung + 10 mm", model)

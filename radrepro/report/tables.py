@@ -11,7 +11,7 @@ import pandas as pd
 from .claims import COLUMNS
 
 # %% auto #0
-__all__ = ['VERDICTS', 'write_tables', 'write_headline', 'show', 'show_patients']
+__all__ = ['VERDICTS', 'write_tables', 'write_headline', 'show', 'show_means', 'show_patients']
 
 # %% ../../nbs/report/71_tables.ipynb #5f23a733
 def write_tables(rows: pd.DataFrame, out_dir: Path | str, summary: dict) -> list[Path]:
@@ -52,8 +52,21 @@ def show(rows: pd.DataFrame, title: str, *, digits: int = 2):
     colours = {"trend holds": "#0072b2", "exact": "#0072b2", "trend fails": "#d55e00", "print is wrong": "#d55e00"}
     style = shown[columns].style.hide(axis="index").set_caption(f"{title} · {cohort} cohort")
     return style.map(lambda v: next((f"color: {c}" for k, c in colours.items() if str(v).startswith(k)), "color: gray"),
-                     subset=["verdict"]).set_table_styles([{"selector": "caption", "props": "font-weight: bold; text-align: left; white-space: nowrap"},
-                                                           {"selector": "td, th", "props": "text-align: right; padding: 2px 8px"}])
+                     subset=["verdict"]).set_table_styles(_LOOK)
+
+
+_LOOK = [{"selector": "caption", "props": "font-weight: bold; text-align: left; white-space: nowrap"},
+         {"selector": "td, th", "props": "text-align: right; padding: 2px 8px"}]
+
+
+def show_means(rows: pd.DataFrame, title: str, *, by: str = "detail", digits: int = 1):
+    """The means over patients of `rows` with their spread: a line per model, a column per `by` (detail or metric)."""
+    means = rows[rows.patient == "mean"].copy()
+    means[by] += " [" + means.unit + "]"
+    means["text"] = [f"{o:.{digits}f}" + (f" ± {s:.{digits}f}" if pd.notna(s) else "") for o, s in zip(means.ours, means.spread)]
+    wide = means.pivot(index="model", columns=by, values="text").reindex(index=means.model.unique(), columns=means[by].unique()).fillna("")
+    return (wide.style.set_caption(f"{title}, mean ± spread over {means.n.max()} patients · {' / '.join(rows.cohort.unique())} cohort")
+            .set_table_styles([*_LOOK, {"selector": "thead th", "props": "white-space: normal; max-width: 9em"}]))
 
 
 def show_patients(rows: pd.DataFrame, title: str, *, digits: int = 1):
@@ -65,5 +78,4 @@ def show_patients(rows: pd.DataFrame, title: str, *, digits: int = 1):
     table = paper.join(wide, how="outer").loc[order]
     return (table.style.format(f"{{:.{digits}f}}", na_rep="")
             .set_caption(f"{title} · {rows.metric.iloc[0]} [{unit}], {detail} · {' / '.join(rows.cohort.unique())} cohort")
-            .set_table_styles([{"selector": "caption", "props": "font-weight: bold; text-align: left; white-space: nowrap"},
-                               {"selector": "td, th", "props": "text-align: right; padding: 2px 8px"}]))
+            .set_table_styles(_LOOK))

@@ -67,7 +67,7 @@ def rows(reference, evaluated) -> None:
                 gamma = sitk.GetArrayFromImage(sitk.ReadImage(files[2]))
                 return np.where(reference.values >= c.cutoff_percent / 100 * reference.values.max(), gamma, np.nan)
 
-            agree = lambda a, b: f"{counted} points, pass {passing(a):.2f} / {passing(b):.2f} %, mean |d gamma| {np.nanmean(np.abs(a - b)):.4f}"
+            agree = lambda a, b, counted=counted: f"{counted} points, pass {passing(a):.2f} / {passing(b):.2f} %, mean |d gamma| {np.nanmean(np.abs(a - b)):.4f}"
             compare(name, "pymedphys", size, ours, medphys, agreement=agree)
             if shutil.which("plastimatch"):
                 compare(name, "plastimatch --interp-search", size, ours, plastimatch, agreement=agree)

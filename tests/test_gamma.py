@@ -88,7 +88,7 @@ def test_shifts_are_seen_alike_in_both_directions_along_each_axis(axis):
 def test_what_cannot_be_compared_fails_and_is_counted():
     dose = volume(np.full((8, 8, 8), 50.0), **centred_grid((8, 8, 8), 2.0), units="Gy")
     holed = dose.copy(deep=True)
-    holed[dict(z=1, y=1, x=1)] = np.nan
+    holed[{"z": 1, "y": 1, "x": 1}] = np.nan
     for pair in ((holed, dose), (dose, holed)):
         found = gamma_index(*pair, CRITERIA[0])
         assert (found.n_compared, found.n_nan, found.n_outside) == (512, 1, 0)

@@ -76,7 +76,7 @@ def test_registration_follows_the_shift_and_the_mean_ct_does_not(run):
 
 def test_dose_rows_lie_beside_the_print(run):
     pytest.importorskip("pyRadPlan", reason="dose needs the extra dose")
-    out, values, rows = run
+    _, _, rows = run
     a = rows[(rows.paper == "A") & rows.table.isin([3, 4, 5])]
     assert set(a.model) == set(dosimetry.MAIN_MODELS) and a[a.table < 5].ours.between(0, 100).all()
     printed = a[(a.model.isin(["fused", "primary"])) & (a.patient == "1") & (a.detail != "absolute difference")]

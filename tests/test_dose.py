@@ -9,7 +9,7 @@ import pytest
 from radrepro.core.volume import centred_grid, like, volume
 from radrepro.dose.dvh import INDICES, dose_at_percent_gy, dose_at_volume_gy, dose_indices, dvh, mean_dose_gy, table_5
 from radrepro.dose.hlut import HLUT, PYRADPLAN_HLUT, TISSUES, stoichiometric_hlut, stoichiometric_point
-from radrepro.dose.protons import Plan, PlanSize, Spots, forward, plan, read_plan, write_plan
+from radrepro.dose.protons import NoTargetError, Plan, PlanSize, Spots, forward, plan, read_plan, write_plan
 
 STEP_MM = 2.0
 WATER = volume(np.zeros((24, 24, 100), np.float32), **centred_grid((24, 24, 100), STEP_MM), units="HU")
@@ -212,7 +212,7 @@ def test_the_dose_comes_on_the_cts_grid(made):
 def test_what_cannot_be_planned_says_so(made, monkeypatch):
     patient = made_up_patient()
     del patient.structures["ctv"]
-    with pytest.raises(ValueError, match="expected a CTV to plan for"):
+    with pytest.raises(NoTargetError, match="expected a CTV to plan for"):
         plan(patient, PYRADPLAN_HLUT, SIZE)
     with pytest.raises(ValueError, match="planning CT's grid"):
         forward(made, made_up_patient().planning[1:])

@@ -12,7 +12,7 @@ from radrepro.core.volume import centred_grid, spacing_mm, volume
 from radrepro.data.cohorts import HeadNeckCase
 from radrepro.data.headneck import phantom_patient, reproject
 from radrepro.kv2ct import robustness
-from radrepro.kv2ct.evaluate import CONVERTERS, LITERAL_CONVERTERS, fit_models, predictors
+from radrepro.kv2ct.evaluate import CONVERTERS, LITERAL_CONVERTERS, averaged, fit_models, predictors
 from radrepro.kv2ct.grss import shift_rows
 from radrepro.kv2ct.robustness import (
     MOUTH_MM,
@@ -20,7 +20,6 @@ from radrepro.kv2ct.robustness import (
     REACH_MM,
     SHIFTS_MM,
     TITANIUM_CM3,
-    averaged,
     dental_metal,
     followed_mm,
     measured,

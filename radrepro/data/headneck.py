@@ -22,7 +22,7 @@ from .headneck_shapes import AIR_HU, carried, pull_back
 from .manifests import read_claims
 
 # %% auto #0
-__all__ = ['BRAINSTEM_MM', 'phantom_patient', 'find_headneck', 'real_patient']
+__all__ = ['WEEKS', 'BRAINSTEM_MM', 'phantom_patient', 'find_headneck', 'real_patient']
 
 # %% ../../nbs/data/11_headneck.ipynb #b4bd62de
 def _table1(number: int):
@@ -30,12 +30,15 @@ def _table1(number: int):
     return table.loc[(number - 1) % len(table) + 1]
 
 
-def _sessions(draw_of_day: Callable, grid, number, row, *, geometry, physics, set_up, seed, noise_hu, device):
+WEEKS = 6
+
+
+def _sessions(draw_of_day: Callable, grid, number, row, *, geometry, physics, set_up, seed, noise_hu, device, further: int = 0):
     n_train, n_kv = int(row.ctor_raw), int(row.kv_raw)
-    weeks = np.random.default_rng([seed, number, 22]).permutation(np.arange(1, 7))[: n_train + 1]
+    weeks = np.random.default_rng([seed, number, 22]).permutation(np.arange(1, WEEKS + 1))[: n_train + 1 + further]
     out = []
     for i, week in enumerate(weeks):
-        test = i == n_train
+        test = i == n_train  # further training days come after it, so that it does not depend on how many there are
         day_seed = int(np.random.default_rng([seed, number, i, 23]).integers(2**31))
         draw = draw_of_day(draw_day(day_seed, float(week), set_up.change_mm))
         out.append(
@@ -44,7 +47,7 @@ def _sessions(draw_of_day: Callable, grid, number, row, *, geometry, physics, se
                 grid,
                 name="test" if test else f"train {i + 1}",
                 week=int(week),
-                n_kv=1 if test else n_kv // n_train + (i < n_kv % n_train),
+                n_kv=1 if test else math.ceil(n_kv / n_train) if i > n_train else n_kv // n_train + (i < n_kv % n_train),
                 geometry=geometry,
                 physics=physics,
                 set_up=set_up,
@@ -53,7 +56,7 @@ def _sessions(draw_of_day: Callable, grid, number, row, *, geometry, physics, se
                 device=device,
             )
         )
-    return tuple(out)
+    return (*out[:n_train], *out[n_train + 1 :], out[n_train])
 
 
 def phantom_patient(
@@ -63,14 +66,18 @@ def phantom_patient(
     seed: int = 0,
     set_up: SetUp = SetUp(),
     physics: KVPhysics = KVPhysics(),
+    further: int = 0,
     device: str = "cpu",
 ) -> Patient:
     """Patient `number` (1..10) of the built-in cohort `seed`, drawn at `voxel_mm` (1, 2, 4 or 8).
 
-    The same number and seed give the same person at every resolution. Raises ValueError for another number or voxel."""
+    The same number and seed give the same person at every resolution. `further`: training sessions beyond those of Table 1, which with the
+    test session stay what they are. Raises ValueError for another number or voxel, or more sessions than `WEEKS`."""
     if number not in range(1, 11):
         raise ValueError(f"expected a patient number from 1 to 10, got {number}: another seed gives ten other patients")
     grid, geometry, row = planning_grid(voxel_mm), kv_geometry(voxel_mm), _table1(number)
+    if not 0 <= further <= WEEKS - 1 - int(row.ctor_raw):
+        raise ValueError(f"expected 0 to {WEEKS - 1 - int(row.ctor_raw)} further sessions, got {further}: the course has {WEEKS} weeks")
     who = draw_anatomy(1000 * seed + number)
     planned = render(who, Day(), grid)
     sessions = _sessions(
@@ -84,6 +91,7 @@ def phantom_patient(
         seed=seed,
         noise_hu=8.0,
         device=device,
+        further=further,
     )
     return Patient(
         number=number,

@@ -19,8 +19,8 @@ from ..core.volume import AXES, check, like, read_zarr, resample, spacing_mm, wr
 from .hlut import PYRADPLAN_HLUT, HLUT
 
 # %% auto #0
-__all__ = ['RBE', 'TARGET_LEVEL', 'OBJECTIVES', 'REGION_MM', 'PlanSize', 'Spots', 'Plan', 'Dose', 'plan', 'forward', 'write_plan',
-           'read_plan']
+__all__ = ['RBE', 'TARGET_LEVEL', 'OBJECTIVES', 'REGION_MM', 'PlanSize', 'Spots', 'Plan', 'Dose', 'NoTargetError', 'plan',
+           'forward', 'write_plan', 'read_plan']
 
 # %% ../../nbs/dose/31_protons.ipynb #33398e0f
 RBE = 1.1  # constant, as in Paper A's prescription
@@ -175,10 +175,14 @@ def _grown(mask: np.ndarray, grid: xr.DataArray, by_mm: float) -> np.ndarray:
     return mask if by_mm == 0 else ndimage.distance_transform_edt(~mask, sampling=spacing_mm(grid)) <= by_mm + 1e-6
 
 
+class NoTargetError(ValueError):
+    """A patient without a CTV to plan for."""
+
+
 def _masks(patient, size: PlanSize) -> dict[str, np.ndarray]:
     """bool arrays on the dose grid: target, ctv, region, and the organs of OBJECTIVES that exist."""
     if "ctv" not in patient.structures or not patient.structures["ctv"].values.any():
-        raise ValueError(f"patient {patient.number} ({patient.kind}): expected a CTV to plan for, got {sorted(patient.structures)}: "
+        raise NoTargetError(f"patient {patient.number} ({patient.kind}): expected a CTV to plan for, got {sorted(patient.structures)}: "
                          "contour one, or leave the patient out of the dose tables")
     grid = _coarse(patient.planning, size.dose_grid_mm)
     masks = {n: _coarse(v.astype(np.float32), size.dose_grid_mm).values >= 0.5 for n, v in patient.structures.items()}
@@ -242,7 +246,7 @@ def _as_dose(physical_gy: np.ndarray, grid: xr.DataArray, to: xr.DataArray) -> x
 def plan(patient, hlut: HLUT, size: PlanSize, *, report=lambda f, text="": None) -> Plan:
     """An IMPT plan on the planning CT of a `radrepro.data.headneck.Patient`, deterministic to the bit.
 
-    `report(fraction, text)` is called on the way. Raises ValueError where the patient has no CTV, ImportError without pyRadPlan."""
+    `report(fraction, text)` is called on the way. Raises NoTargetError where the patient has no CTV, ImportError without pyRadPlan."""
     masks = _masks(patient, size)
     report(0.0, "placing spots")
     library = _pyradplan()

@@ -16,7 +16,7 @@ from ..core.volume import like, read_zarr, write_zarr
 from ..data.cohorts import HeadNeckCase, headneck_cases
 from ..dose.dvh import INDICES, table_5
 from ..dose.hlut import HLUT, stoichiometric_hlut
-from ..dose.protons import PlanSize, forward, plan, read_plan, write_plan
+from ..dose.protons import NoTargetError, PlanSize, forward, plan, read_plan, write_plan
 from .evaluate import run_patient
 from ..metrics.gamma import CRITERIA, Criterion, gamma_index
 from ..train.presets import KV2CTPreset, Preset, get_preset
@@ -68,7 +68,7 @@ def plan_size(preset: KV2CTPreset) -> PlanSize:
 
 
 def run_plan(case: HeadNeckCase, preset_name: str, hlut: HLUT, out_dir: str, *, report=lambda f, text="": None) -> Path:
-    """The folder with the plan of a patient (`radrepro.dose.protons.read_plan`). Raises ValueError where there is no CTV."""
+    """The folder with the plan of a patient (`radrepro.dose.protons.read_plan`). Raises NoTargetError where there is no CTV."""
     preset = get_preset(preset_name).kv2ct
     size = plan_size(preset)
     key = {"case": case.key(), "voxel_mm": preset.voxel_mm, "size": asdict(size), "hlut": asdict(hlut)}
@@ -95,9 +95,7 @@ def run_dose(case: HeadNeckCase, preset_name: str, hlut: HLUT, seed: int, out_di
             report(0.3 * (i + 1) / len(cts), f"gamma of HU, {name}")
         try:
             a_plan = read_plan(run_plan(case, preset_name, hlut, out_dir, report=lambda f, text="": report(0.3 + 0.2 * f, text)))
-        except ValueError as e:
-            if "expected a CTV" not in str(e):
-                raise
+        except NoTargetError as e:
             values += [dict(table=table, model=m, metric=metric, unit=unit, detail=f"no plan: {e}", value=np.nan)
                        for m in ("fused", "primary") for table, metric, unit in ((4, "dose_gamma", "%"), (5, "ctv_d95", "%"))]
         else:

@@ -25,9 +25,9 @@ from ..train.presets import KV2CTPreset, Preset, get_preset
 from ..train.runs import Task, run_stage
 
 # %% auto #0
-__all__ = ['FLAT_HU', 'UNBOUNDED_MM', 'RESIDUALS_MM', 'CONVERTERS', 'LITERAL_CONVERTERS', 'shift_error', 'table_1', 'table_2',
-           'shift_errors', 'pose_rows', 'table_6', 'residual_curve', 'run_residuals', 'fit_models', 'predictors',
-           'run_patient', 'tasks']
+__all__ = ['FLAT_HU', 'UNBOUNDED_MM', 'ROW_KEYS', 'RESIDUALS_MM', 'CONVERTERS', 'LITERAL_CONVERTERS', 'shift_error', 'table_1',
+           'table_2', 'shift_errors', 'pose_rows', 'averaged', 'residual_curve', 'run_residuals', 'fit_models',
+           'predictors', 'run_patient', 'tasks']
 
 # %% ../../nbs/kv2ct/54_evaluate.ipynb #1b504ce6
 FLAT_HU = 100.0  # more than the noise of a column of air
@@ -52,7 +52,7 @@ def shift_error(predicted: torch.Tensor, true_ct: torch.Tensor, shift_mm: float,
 
 # %% ../../nbs/kv2ct/54_evaluate.ipynb #84785da4
 UNBOUNDED_MM = 6.0
-_SHIFT_KEYS = ("table", "model", "metric", "unit", "detail")
+ROW_KEYS = ("table", "model", "metric", "unit", "detail")
 
 
 def table_1(patient: Patient) -> list[dict]:
@@ -102,23 +102,22 @@ def shift_errors(patient: Patient, models: dict, shifts_mm: list[float]) -> pd.D
                 lines.append((6, name, "shift_error", "mm", detail, shift, error))
             error = shift_error(predict(truly), truth, shift, step, half_range_mm=UNBOUNDED_MM)
             lines.append((6, name, "shift_error", "mm", "re-projected, unbounded, cubic", shift, error))
-    return pd.DataFrame(lines, columns=[*_SHIFT_KEYS, "shift_mm", "value"])
+    return pd.DataFrame(lines, columns=[*ROW_KEYS, "shift_mm", "value"])
 
 
 def pose_rows(patient: Patient, models: dict, poses: list[Pose]) -> list[dict]:
     """MAE in HU (whole grid) of `models` on kVs of the test day taken anew at six-degree-of-freedom `poses`; the truth is moved alike."""
-    truth, errors = like(patient.test.ct.values, patient.planning, "HU"), {}
+    truth, rows = like(patient.test.ct.values, patient.planning, "HU"), []
     for pose in poses:
         kv, there = torch.from_numpy(reproject_pose(patient, patient.test, pose).values), torch.from_numpy(moved_ct(truth, pose).values)
         for name, predict in models.items():
-            errors.setdefault(name, []).append(float((predict(kv) - there).abs().mean()))
-    return [dict(table=2, model=name, metric="mae", unit="HU", detail="whole, 6-DOF set-up", value=float(np.mean(e)),
-                 sd=float(np.std(e, ddof=1)) if len(e) > 1 else np.nan, count=len(e)) for name, e in errors.items()]
+            rows.append(dict(zip(ROW_KEYS, (2, name, "mae", "HU", "whole, 6-DOF set-up"))) | {"value": float((predict(kv) - there).abs().mean())})
+    return averaged(rows)
 
 
-def table_6(errors: pd.DataFrame) -> list[dict]:
-    """The means over shifts of `shift_errors`, with sd and count."""
-    means = errors.groupby(list(_SHIFT_KEYS), sort=False).value.agg(value="mean", sd="std", count="count")
+def averaged(rows: list[dict] | pd.DataFrame) -> list[dict]:
+    """One row for those that agree in `ROW_KEYS` (several shifts, poses or images of a patient): their mean, with sd and count."""
+    means = pd.DataFrame(rows).groupby(list(ROW_KEYS), sort=False).value.agg(value="mean", sd="std", count="count")
     return means.reset_index().to_dict("records")
 
 # %% ../../nbs/kv2ct/54_evaluate.ipynb #7392f07a
@@ -212,7 +211,7 @@ def predictors(patient: Patient, converters: dict[str, Converter]) -> dict[str, 
 
 # %% ../../nbs/kv2ct/54_evaluate.ipynb #690102d1
 def run_patient(case: HeadNeckCase, preset_name: str, seed: int, out_dir: str, device: str, *, report=lambda f, text="": None) -> str:
-    """Fit and evaluate one patient; returns the path of its `values.csv` (see `table_1`, `table_2`, `table_6`, `pose_rows`).
+    """Fit and evaluate one patient; returns the path of its `values.csv` (see `table_1`, `table_2`, `shift_errors`, `pose_rows`).
 
     Beside it lie `shifts.csv` (a line per shift), and the synthetic CTs as zarr stores named after the models, with `truth.zarr`."""
     preset = get_preset(preset_name).kv2ct
@@ -263,7 +262,7 @@ def _measure(patient: Patient, converters: dict[str, Converter], preset: KV2CTPr
     poses = random_poses(preset.test_poses, patient.number)
     models.pop("fused_literal", None)
     models["registration_2d3d_6dof"] = lambda kv: moved_training_ct(patient, kv, "2d3d", 6)
-    values += table_6(errors) + table_6_poses(patient, poses) + pose_rows(patient, models, poses)
+    values += averaged(errors) + table_6_poses(patient, poses) + pose_rows(patient, models, poses)
     return values, errors, volumes | {"truth": torch.from_numpy(patient.test.ct.values)}
 
 

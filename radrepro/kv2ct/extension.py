@@ -16,7 +16,7 @@ from ..core.warp import upsample_field, warp
 from ..data.headneck import Patient, Session
 from .baselines import mean_training_ct
 from .fit import Converter, fuse
-from .registration import Pose, moved_ct, register_2d2d
+from .registration import Pose, mean_pose, moved_ct, register_2d2d
 from ..train.presets import ViTFit
 
 # %% auto #0
@@ -90,10 +90,9 @@ def _moved_back(image: torch.Tensor, shift: np.ndarray, turn: float) -> torch.Te
     return torch.from_numpy(out).to(image.dtype)
 
 
-def found_pose(patient: Patient, kv: torch.Tensor, dof: int = 5) -> Pose:
+def found_pose(patient: Patient, kv: torch.Tensor) -> Pose:
     """The pose of `kv` (2, V, U) relative to the training sessions: the mean of what `register_2d2d` finds for each of their kVs."""
-    found = [register_2d2d(k, kv.numpy(), patient.geometry, dof, couch=patient.physics.couch) for s in patient.training for k in s.kvs]
-    return Pose(*(tuple(np.mean([getattr(f, n) for f in found], 0).tolist()) for n in ("translation_mm", "rotation_deg")))
+    return mean_pose([register_2d2d(k, kv, patient.geometry, 5, couch=patient.physics.couch) for s in patient.training for k in s.kvs])
 
 # %% ../../nbs/kv2ct/55_extension.ipynb #c5662009
 KV_NOISE = 0.4  # of the spread of the kV differences, which the virtual days have made larger
@@ -123,7 +122,8 @@ def extension_converter(patient: Patient, which: str, plan: ViTFit, days, *, see
 def new_anatomy_percent(patient: Patient, hu: torch.Tensor) -> float:
     """Share in percent of the test CT's change off the span of the training CTs that is in `hu` (Z, Y, X); both at shift 0."""
     mean = mean_training_ct(patient).double()
-    span = torch.stack([torch.from_numpy(s.ct.values).double().flatten() - mean.flatten() for s in patient.training[1:]], 1)
+    others = [torch.from_numpy(s.ct.values).double().flatten() - mean.flatten() for s in patient.training[1:]]
+    span = torch.stack(others, 1) if others else mean.new_zeros(mean.numel(), 0)
     new = (torch.from_numpy(patient.test.ct.values).double() - mean).flatten()
     basis = torch.linalg.qr(span).Q
     new = new - basis @ (basis.T @ new)

@@ -17,9 +17,9 @@ from ..data.headneck import Patient, Session
 from ..data.headneck_shapes import AIR_HU
 
 # %% auto #0
-__all__ = ['HEAD_FROM_MM', 'WAYS', 'Pose', 'pose_error', 'target_error_mm', 'head_points', 'triangulate', 'register_2d2d',
-           'register_2d3d', 'moved_ct', 'session_pose', 'moved_training_ct', 'reproject_pose', 'random_poses',
-           'table_6_poses']
+__all__ = ['HEAD_FROM_MM', 'WAYS', 'Pose', 'mean_pose', 'pose_error', 'target_error_mm', 'head_points', 'triangulate',
+           'register_2d2d', 'register_2d3d', 'moved_ct', 'session_pose', 'moved_training_ct', 'reproject_pose',
+           'random_poses', 'table_6_poses']
 
 # %% ../../nbs/kv2ct/53_registration.ipynb #a466505d
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ class Pose:
             raise ValueError(f"expected a rigid 4 x 4 matrix, got shape {m.shape} with scale or shear: make it with volume.rigid")
         angles = np.arctan2(m[2, 1], m[2, 2]), np.arcsin(np.clip(-m[2, 0], -1, 1)), np.arctan2(m[1, 0], m[0, 0])
         return cls(tuple(m[:3, 3].tolist()), tuple(np.rad2deg(angles).tolist()))
+
+
+def mean_pose(poses: Sequence[Pose]) -> Pose:
+    """The mean of poses that lie close together: of each component."""
+    return Pose(*(tuple(np.mean([getattr(p, n) for p in poses], 0).tolist()) for n in ("translation_mm", "rotation_deg")))
 
 
 def pose_error(found: Pose, true: Pose) -> tuple[float, float]:
@@ -224,8 +229,7 @@ def session_pose(patient: Patient, session: Session, kv, way: str, dof: int) -> 
         return register_2d3d(session.ct, kv, patient.geometry, patient.physics, dof)
     if way != "2d2d":
         raise ValueError(f"expected way to be 2d2d or 2d3d, got {way!r}: choose one")
-    found = [register_2d2d(k, kv, patient.geometry, dof, couch=patient.physics.couch) for k in session.kvs]
-    return Pose(*(tuple(np.mean([getattr(f, n) for f in found], 0).tolist()) for n in ("translation_mm", "rotation_deg")))
+    return mean_pose([register_2d2d(k, kv, patient.geometry, dof, couch=patient.physics.couch) for k in session.kvs])
 
 
 def moved_training_ct(patient: Patient, kv, way: str, dof: int) -> torch.Tensor:

@@ -15,19 +15,16 @@ import xarray as xr
 from ..core.project import METAL_ABOVE_HU, kv_pair
 from ..core.volume import check, like, rigid, spacing_mm
 from ..data.cohorts import HeadNeckCase, headneck_cases
-from ..data.headneck import Patient, SetUp
-from ..data.headneck_anatomy import render
-from ..data.headneck_day import draw_anatomy, draw_day
-from ..data.headneck_session import acquire, planning_grid
-from .evaluate import fit_models, predictors, shift_error
+from ..data.headneck import WEEKS, Patient, phantom_patient
+from .evaluate import ROW_KEYS, averaged, fit_models, predictors, shift_error
 from .grss import shift_rows
 from ..train.presets import Preset, get_preset
 from ..train.runs import Task, run_stage
 
 # %% auto #0
 __all__ = ['TESTED', 'SHIFTS_MM', 'REACH_MM', 'PHOTONS', 'MOUTH_MM', 'TOOTH_ABOVE_HU', 'TITANIUM_CM3', 'FOLLOWS_MM', 'SESSIONS',
-           'retaken_kv', 'measured', 'averaged', 'noise_rows', 'dental_metal', 'metal_rows', 'reach_rows',
-           'followed_mm', 'with_sessions', 'run_robustness', 'robustness_tasks']
+           'retaken_kv', 'measured', 'noise_rows', 'dental_metal', 'metal_rows', 'reach_rows', 'followed_mm',
+           'with_sessions', 'run_robustness', 'robustness_tasks']
 
 # %% ../../nbs/kv2ct/57_robustness.ipynb #20dfd81f
 def retaken_kv(patient: Patient, *, shift_mm: float = 0.0, photons: float = 1.0, metal: xr.DataArray | None = None) -> torch.Tensor:
@@ -47,7 +44,6 @@ def retaken_kv(patient: Patient, *, shift_mm: float = 0.0, photons: float = 1.0,
 TESTED = ("fused", "fused_aligned", "registration_1dof", "mean_ct")
 SHIFTS_MM = (0.0, 2.25, -2.25, 4.5, -4.5, 6.0, -6.0, 8.0, -8.0)  # the paper tests up to 4.5 and trains up to 5
 REACH_MM = 10.0
-_KEYS = ["table", "model", "metric", "unit", "detail"]
 
 
 def measured(patient: Patient, models: dict[str, Callable], kv: torch.Tensor, detail: str, *, shift_mm: float = 0.0) -> list[dict]:
@@ -57,15 +53,10 @@ def measured(patient: Patient, models: dict[str, Callable], kv: torch.Tensor, de
     for name in (m for m in TESTED if m in models):
         hu = models[name](kv)
         error = shift_error(hu, truth, shift_mm, step, half_range_mm=REACH_MM)
-        rows += [dict(zip(_KEYS, (7, name, "mae", "HU", detail)), value=float((hu - there).abs().mean())),
-                 dict(zip(_KEYS, (7, name, "shift_error", "mm", detail)), value=error)]
+        rows += [dict(zip(ROW_KEYS, (7, name, "mae", "HU", detail)), value=float((hu - there).abs().mean())),
+                 dict(zip(ROW_KEYS, (7, name, "shift_error", "mm", detail)), value=error)]
     return rows
 
-
-def averaged(rows: list[dict]) -> list[dict]:
-    """One row for those of the same model, metric and detail: their mean, with sd and count."""
-    means = pd.DataFrame(rows).groupby(_KEYS, sort=False).value.agg(value="mean", sd="std", count="count")
-    return means.reset_index().to_dict("records")
 
 # %% ../../nbs/kv2ct/57_robustness.ipynb #b3ab26ae
 PHOTONS = {"noise-free": np.inf, "photons x 10": 10.0, "photons x 1": 1.0, "photons x 0.1": 0.1, "photons x 0.01": 0.01}
@@ -117,7 +108,7 @@ def reach_rows(patient: Patient, models: dict[str, Callable], shifts_mm: tuple[f
             error_mm.setdefault(r["model"], {})[s] = r["value"]
     detail = f"S-I, less than {FOLLOWS_MM:g} mm added to the shift error"
     return averaged([r for each in rows.values() for r in each]) + [
-        dict(zip(_KEYS, (7, m, "follows_to", "mm", detail)), value=followed_mm(e), sd=np.nan, count=1) for m, e in error_mm.items()]
+        dict(zip(ROW_KEYS, (7, m, "follows_to", "mm", detail)), value=followed_mm(e), sd=np.nan, count=1) for m, e in error_mm.items()]
 
 
 def followed_mm(error_mm: dict[float, float], limit_mm: float = FOLLOWS_MM) -> float:
@@ -135,28 +126,22 @@ def followed_mm(error_mm: dict[float, float], limit_mm: float = FOLLOWS_MM) -> f
 
 # %% ../../nbs/kv2ct/57_robustness.ipynb #dcb6c0c5
 SESSIONS = (1, 2, 4)
-_WEEKS = 6
 
 
 def with_sessions(patient: Patient, n: int, cohort_seed: int = 0) -> Patient:
     """`patient` with the first `n` training sessions and its own test session; a phantom of cohort `cohort_seed` that has fewer gets more.
 
     Raises ValueError for n outside 1 to 5, for more than a real patient has, or for another cohort's phantom."""
-    have, step = len(patient.training), spacing_mm(patient.planning)[0]
-    most = _WEEKS - 1 if patient.kind == "phantom" else have
+    have = len(patient.training)
+    most = WEEKS - 1 if patient.kind == "phantom" else have
     if not 1 <= n <= most:
         raise ValueError(f"expected 1 to {most} training sessions of a {patient.kind} patient, got {n}: ask for a number among these")
     if n > have and patient.source != f"seed {cohort_seed}":
         raise ValueError(f"expected a phantom of cohort seed {cohort_seed}, got one of {patient.source}: pass its cohort_seed")
-    who, grid = draw_anatomy(1000 * cohort_seed + patient.number), planning_grid(step)
-    weeks = np.random.default_rng([cohort_seed, patient.number, 22]).permutation(np.arange(1, _WEEKS + 1))
-    further, set_up = [], SetUp()
-    for i in range(have + 1, n + 1):  # number `have` is the test session
-        seed = int(np.random.default_rng([cohort_seed, patient.number, i, 23]).integers(2**31))
-        day = draw_day(seed, float(weeks[i]), set_up.change_mm)
-        draw = lambda to, pose, continued, day=day: render(who, day, to, pose=pose).ct
-        further.append(acquire(draw, grid, name=f"train {i}", week=int(weeks[i]), n_kv=len(patient.training[0].kvs),
-                               geometry=patient.geometry, physics=patient.physics, set_up=set_up, seed=seed))
+    further = ()
+    if n > have:
+        voxel_mm = spacing_mm(patient.planning)[0]
+        further = phantom_patient(patient.number, voxel_mm=voxel_mm, seed=cohort_seed, physics=patient.physics, further=n - have).training[have:]
     source = patient.source + (f", {n} training sessions" if n != have else "")
     return replace(patient, sessions=(*patient.training[:n], *further, patient.test), source=source)
 

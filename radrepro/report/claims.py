@@ -232,7 +232,8 @@ def comparisons(rows: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
                     sign = -1 if metric.endswith("gamma") else 1
                     c = compare_paired(sign * wide["fused"], sign * wide[rival], seed=seed)
                     low, high = sorted((sign * c.ci_low, sign * c.ci_high))
-                    lines.append({"table": table, "metric": metric, "detail": detail, "rival": rival, "n": c.n, "mean_difference": sign * c.mean_difference,
+                    run = {c: " / ".join(part[c].unique()) for c in ("cohort", "preset", "seed")}
+                    lines.append(run | {"table": table, "metric": metric, "detail": detail, "rival": rival, "n": c.n, "mean_difference": sign * c.mean_difference,
                                   "ci_low": low, "ci_high": high, "hedges_g": sign * c.hedges_g, "p_one_sided": c.t_one_sided_p,
                                   "p_two_sided": c.t_two_sided_p, "p_wilcoxon": c.wilcoxon_two_sided_p})
     return pd.DataFrame(lines)

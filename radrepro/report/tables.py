@@ -60,12 +60,16 @@ _LOOK = [{"selector": "caption", "props": "font-weight: bold; text-align: left; 
 
 
 def show_means(rows: pd.DataFrame, title: str, *, by: str = "detail", digits: int = 1):
-    """The means over patients of `rows` with their spread: a line per model, a column per `by` (detail or metric)."""
-    means = rows[rows.patient == "mean"].copy()
+    """The means over patients of `rows` with their spread, or the one patient's own numbers: models by `by` (detail or metric), the longer
+    of both downwards."""
+    who = "mean" if (rows.patient == "mean").any() else rows.patient.iloc[0]
+    means = rows[rows.patient == who].copy()
     means[by] += " [" + means.unit + "]"
     means["text"] = [f"{o:.{digits}f}" + (f" ± {s:.{digits}f}" if pd.notna(s) else "") for o, s in zip(means.ours, means.spread)]
     wide = means.pivot(index="model", columns=by, values="text").reindex(index=means.model.unique(), columns=means[by].unique()).fillna("")
-    return (wide.style.set_caption(f"{title}, mean ± spread over {means.n.max()} patients · {' / '.join(rows.cohort.unique())} cohort")
+    wide = wide.T if wide.shape[1] > wide.shape[0] else wide
+    of = f"mean ± spread over {means.n.max()} patients" if who == "mean" else f"patient {who}, ± spread over up to {means.n.max()} images"
+    return (wide.style.set_caption(f"{title}, {of} · {' / '.join(rows.cohort.unique())} cohort, {' / '.join(rows.preset.unique())} preset")
             .set_table_styles([*_LOOK, {"selector": "thead th", "props": "white-space: normal; max-width: 9em"}]))
 
 

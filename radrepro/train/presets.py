@@ -84,21 +84,24 @@ class Preset:
 _PAPER = dict(encoder_dims=(96, 192, 384), decoder_dims=(384, 192, 96, 96))
 
 PRESETS: dict[str, Preset] = {p.name: p for p in (
-    Preset("quick", "1",
-           KV2CTPreset(8, 10, ViTFit(7, (32,), (32,), 40), ViTFit(9, (32,), (32,), 40), 1, 2, 1, 4, 16.0, 8.0, 20, False),
+    Preset("quick", "3",
+           KV2CTPreset(8, 10, ViTFit(7, (32,), (32,), 40), ViTFit(9, (32,), (32,), 40), literal_patients=1, test_shifts=2, test_poses=1,
+                       virtual_days=4, spot_mm=16.0, dose_grid_mm=8.0, plan_iterations=20, every_baseline=False),
            CT5DPreset((28, 32, 32), (11.0, 10.0, 11.0), 6, 1, 10, 4, 30, 1)),
-    Preset("laptop", "6",
-           KV2CTPreset(4, 10, ViTFit(14, (64,), (64,), 200), ViTFit(18, (64,), (64,), 300), 1, 4, 2, 16, 8.0, 4.0, 60, False),
+    Preset("laptop", "14",
+           KV2CTPreset(4, 10, ViTFit(14, (64,), (64,), 200), ViTFit(18, (64,), (64,), 300), literal_patients=1, test_shifts=4, test_poses=2,
+                       virtual_days=16, spot_mm=8.0, plan_iterations=60, every_baseline=False),
            CT5DPreset((56, 64, 64), (5.7, 5.0, 5.6), 16, 2, 10, 8, 130, 2)),
     Preset("workstation", "28",
-           KV2CTPreset(4, 10, ViTFit(14, (128,), (128,), 600), ViTFit(18, (64,), (64,), 1200), 2),
+           KV2CTPreset(4, 10, ViTFit(14, (128,), (128,), 600), ViTFit(18, (64,), (64,), 1200), literal_patients=2),
            CT5DPreset((56, 64, 64), (5.7, 5.0, 5.6), 36, 4, 10, 25, 900, 4)),
     Preset("h200", "25 on one H200",
-           KV2CTPreset(2, 10, ViTFit(3, **_PAPER, steps=4000, batch=64), ViTFit(7, **_PAPER, steps=3000, batch=48), 1, virtual_days=128),
+           KV2CTPreset(2, 10, ViTFit(3, **_PAPER, steps=4000, batch=64), ViTFit(7, **_PAPER, steps=3000, batch=48),
+                       literal_patients=1, virtual_days=128),
            CT5DPreset((112, 128, 128), (2.85, 2.5, 2.8), 36, 4, 10, 25, 5000, 4, batch=4)),
     Preset("paper", "days on several GPUs",
            KV2CTPreset(1, 10, ViTFit(3, **_PAPER, steps=20000, batch=300, learning_rate=9.1e-4),
-                       ViTFit(7, **_PAPER, steps=20000, batch=300, learning_rate=9.1e-4), 10, 20, virtual_days=256),
+                       ViTFit(7, **_PAPER, steps=20000, batch=300, learning_rate=9.1e-4), literal_patients=10, test_shifts=20, virtual_days=256),
            CT5DPreset((448, 512, 512), (1.0, 1.0, 1.0), 126, 10, 10, 25, 150_000, 600, learning_rate=1e-4)),
 )}
 

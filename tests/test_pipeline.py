@@ -3,8 +3,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from radrepro.core.volume import centred_grid, like, to_tensor, volume
+from radrepro.core.volume import centred_grid, like, read_zarr, to_tensor, volume
 from radrepro.ct5d import evaluate as ct5d
+from radrepro.data.headneck import phantom_patient
+from radrepro.dose.dvh import dose_indices
 from radrepro.kv2ct import dosimetry
 from radrepro.kv2ct import evaluate as kv2ct
 from radrepro.report.claims import COLUMNS, RANDOM_SHIFT_ERROR_MM, add_verdicts, headline, rows_of
@@ -76,7 +78,7 @@ def test_registration_follows_the_shift_and_the_mean_ct_does_not(run):
 
 def test_dose_rows_lie_beside_the_print(run):
     pytest.importorskip("pyRadPlan", reason="dose needs the extra dose")
-    _, _, rows = run
+    out, _, rows = run
     a = rows[(rows.paper == "A") & rows.table.isin([3, 4, 5])]
     assert set(a.model) == set(dosimetry.MAIN_MODELS) and a[a.table < 5].ours.between(0, 100).all()
     printed = a[(a.model.isin(["fused", "primary"])) & (a.patient == "1") & (a.detail != "absolute difference")]
@@ -84,6 +86,13 @@ def test_dose_rows_lie_beside_the_print(run):
     assert list(missing) == ["mandible_d0.03cc"]  # the paper has none for its patient 1
     signed, plain = (column(a, table=5, metric="ctv_d95", model="fused", patient="2", detail=d).ours.item() for d in ("sCT minus gCT", "absolute difference"))
     assert plain == abs(signed)
+    stage = next(p.parent for p in out.glob("stages/kv2ct/dose/*/values.csv") if pd.read_csv(p).patient.iloc[0] == 2)
+    patient = phantom_patient(2, voxel_mm=8)
+    on = {n: dose_indices(read_zarr(stage / f"dose_{n}.zarr"), patient.structures, patient.prescription_gy) for n in ("truth", "fused", "mean_ct")}
+    for model in ("fused", "mean_ct"):
+        for metric in on["truth"]:
+            row = column(a, table=5, metric=metric, model=model, patient="2", detail="sCT minus gCT").ours.item()
+            assert row == pytest.approx(on[model][metric] - on["truth"][metric], abs=1e-6)
     real = column(a, table=4, patient="mean", detail="2%2mm, gCT as reference")
     loose = column(a, table=4, patient="mean", detail="3%3mm, gCT as reference")
     assert (loose.set_index("model").ours >= real.set_index("model").ours).all()

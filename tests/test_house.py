@@ -61,7 +61,7 @@ def test_no_room_without_a_meaning():
 
 
 def test_slow_libraries_are_imported_where_used():
-    code = ("import sys, radrepro.kv2ct.model, radrepro.ct5d.cvae, radrepro.data.cohorts; "
+    code = ("import sys, radrepro.kv2ct.model, radrepro.ct5d.stages, radrepro.data.cohorts; "
             "print([m for m in ('monai', 'diffusers', 'pyRadPlan', 'nanodrr', 'accelerate', 'distributed') if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

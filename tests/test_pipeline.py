@@ -2,20 +2,23 @@
 import numpy as np
 import pandas as pd
 import pytest
+import xarray as xr
 
 from radrepro.core.volume import centred_grid, like, read_zarr, to_tensor, volume
-from radrepro.ct5d import evaluate as ct5d
+from radrepro.ct5d import stages as ct5d
+from radrepro.ct5d.evaluate import MASK, Pair, pair_metrics, wrong_traces
 from radrepro.data.headneck import phantom_patient
+from radrepro.data.thorax import Scan
 from radrepro.dose.dvh import dose_indices
 from radrepro.kv2ct import dosimetry
 from radrepro.kv2ct import evaluate as kv2ct
 from radrepro.report.claims import COLUMNS, RANDOM_SHIFT_ERROR_MM, add_verdicts, headline, rows_of
 from radrepro.report.tables import show, show_patients, write_headline, write_tables
-from radrepro.train.presets import PRESETS, CT5DPreset, KV2CTPreset, Preset, ViTFit
+from radrepro.train.presets import PRESETS, CT5DPreset, DiffusionFit, KV2CTPreset, Preset, ViTFit
 from radrepro.train.runs import fan_out
 
 TINY = Preset("tiny", "0", KV2CTPreset(8, 2, ViTFit(7, (32,), (32,), 6, 4), ViTFit(9, (32,), (32,), 6, 4), 1, 2, 1, 2, 16.0, 8.0, 15, False),
-              CT5DPreset((14, 16, 16), (22.0, 20.0, 22.0), 2, 0, 2, 3, 4, 2, batch=2))
+              CT5DPreset((14, 16, 16), (22.0, 20.0, 22.0), 2, 0, 2, 5, 4, 2, DiffusionFit(3, 3, ddim_steps=2), batch=2))
 
 
 @pytest.fixture(scope="module")
@@ -43,15 +46,15 @@ def test_stages_are_shared_between_tasks(run):
     out, _, _ = run
     made = {p.parent.parent.name: len(list(p.parent.parent.iterdir())) for p in out.glob("stages/*/*/*/stage.json")}
     # two patients x (primary, secondary, matched, two aligned) and the literal pair of one; two seeds x two modes; one set of scans a patient
-    assert made["fit"] == 12 and made["cvae"] == 4 and made["scans"] == 2 and made["population"] == 1
+    assert made["fit"] == 12 and made["models"] == 4 and made["scans"] == 2 and made["population"] == 1
 
 
 def test_rows_carry_what_they_were_measured_with(run):
     _, values, rows = run
-    assert list(rows.columns) == COLUMNS and rows.ours.notna().all() and set(rows.cohort) == {"phantom"}
-    b = column(rows, paper="B", metric="masked_mse", detail=ct5d.MASK, model="cvae_slice")
+    assert list(rows.columns) == COLUMNS and rows[rows.metric != "dice"].ours.notna().all() and set(rows.cohort) == {"phantom"}
+    b = column(rows, paper="B", metric="masked_mse", detail=MASK, model="cvae_slice")
     assert list(b.seed.unique()) == ["0 1"] and set(b.patient) == {"1", "2", "mean"} and set(b.n) == {2}
-    one = column(values, paper="B", metric="masked_mse", detail=ct5d.MASK, model="cvae_slice", patient=1).value
+    one = column(values, paper="B", metric="masked_mse", detail=MASK, model="cvae_slice", patient=1).value
     assert column(b, patient="1").ours.item() == pytest.approx(one.mean())
     assert column(b, patient="1").spread.item() == pytest.approx(np.std(one, ddof=1))
     shifts = column(rows, table=6, model="mean_ct", patient="1", detail="21 candidates, linear")
@@ -60,12 +63,14 @@ def test_rows_carry_what_they_were_measured_with(run):
 
 def test_truth_is_best_and_what_ignores_the_trace_is_not_better_than_nothing(run):
     _, _, rows = run
-    b = column(rows, paper="B", patient="mean", metric="masked_mse", detail=ct5d.MASK).set_index("model").ours
+    b = column(rows, paper="B", patient="mean", metric="masked_mse", detail=MASK).set_index("model").ours
     assert b["truth"] < b["none"] and b["truth"] < b["population"]
     j = column(rows, paper="B", patient="mean", metric="foldings").set_index("model").ours
     assert j["cvae_slice"] == j["truth"] == 0
     details = set(column(rows, paper="B", model="cvae_global", metric="masked_mse").detail)
-    assert details == {ct5d.MASK, ct5d.MASK + ", swapped trace", ct5d.MASK + ", z = 0"}
+    assert details == {MASK, MASK + ", z = 0"} | {f"{MASK}, {wrong} trace" for wrong in ("swapped", "zero", "mean", "reversed")}
+    tre = column(rows, paper="B", patient="mean", metric="tre").set_index("model").ours
+    assert tre["truth"] < 0.01 < tre["none"] and tre["population"] < tre["none"]
 
 
 def test_registration_follows_the_shift_and_the_mean_ct_does_not(run):
@@ -146,8 +151,20 @@ def test_inside_and_outside_of_the_mask_are_not_confused():
     grid = centred_grid((16, 16, 16), 5.0)
     ct = volume(np.full((16, 16, 16), 0.5, np.float32), **grid, units="1")
     mask = like(np.abs(ct.z.values)[:, None, None] < 20 + np.zeros(ct.shape), ct)
-    fixed = ct5d.Scan(ct, ct.z * 0, ct.z * 0, 1)
-    rows = ct5d.pair_metrics(to_tensor(ct + 0.1 * ~mask), fixed, mask)
+    scan = Scan(ct, ct.z * 0, ct.z * 0, 1)
+    point = np.zeros((1, 3))
+    rows = pair_metrics(Pair(scan, scan, scan, mask, None, point, point + [3.0, 0.0, 4.0], 0), to_tensor(ct + 0.1 * ~mask))
     found = {r["metric"]: r["value"] for r in rows}
     assert found["masked_mse"] == 0 and found["outside_mse"] == pytest.approx(0.01, rel=1e-4)
     assert found["mse"] == pytest.approx(0.01 * float((~mask).mean()), rel=1e-4)
+    assert found["tre"] == 5.0 and "foldings" not in found and "dice" not in found
+
+
+def test_wrong_traces_are_wrong():
+    z = np.arange(5.0)
+    own, other = (xr.DataArray(a, coords={"z": z}, dims="z") for a in ([0.0, 0.1, 0.4, 0.9, 1.0], [1.0, 0.5, 0.2, 0.1, 0.0]))
+    ct = volume(np.zeros((5, 4, 4)), z=z, y=np.arange(4.0), x=np.arange(4.0), units="1")
+    scan = lambda amplitude: Scan(ct, amplitude, amplitude * 0, 1)
+    wrong = wrong_traces(Pair(scan(other), scan(own), scan(other), ct > 0, None, np.zeros((1, 3)), np.zeros((1, 3)), 0))
+    assert wrong["swapped trace"].tolist() == other.values.tolist() and wrong["reversed trace"].tolist() == own.values[::-1].tolist()
+    assert not wrong["zero trace"].any() and wrong["mean trace"] == pytest.approx(np.full(5, 0.48))

@@ -55,13 +55,15 @@ class Pairs:
     def __len__(self) -> int:
         return sum(len(s) * (len(s) - 1) for s in self.scans)
 
-    def batch(self, n: int, generator: torch.Generator, device: str = "cpu") -> tuple[torch.Tensor, ...]:
-        """`n` pairs: moving, fixed (n, 1, Z, Y, X) and their amplitudes (n, Z, 1), uniform over patients."""
+    def draw(self, n: int, generator: torch.Generator) -> list[tuple[int, int, int]]:
+        """`n` triples (patient, moving scan, fixed scan), uniform over patients; never a scan with itself."""
         patients = torch.randint(len(self.scans), (n,), generator=generator).tolist()
-        picked = []
-        for p in patients:
-            i, j = torch.randperm(len(self.scans[p]), generator=generator)[:2].tolist()
-            picked.append((self.scans[p][i][None], self.scans[p][j][None], self.amplitudes[p][i][:, None], self.amplitudes[p][j][:, None]))
+        return [(p, *torch.randperm(len(self.scans[p]), generator=generator)[:2].tolist()) for p in patients]
+
+    def gather(self, drawn: list[tuple[int, int, int]], device: str = "cpu") -> tuple[torch.Tensor, ...]:
+        """The drawn pairs: moving, fixed (n, 1, Z, Y, X) and their amplitudes (n, Z, 1)."""
+        picked = [(self.scans[p][i][None], self.scans[p][j][None], self.amplitudes[p][i][:, None], self.amplitudes[p][j][:, None])
+                  for p, i, j in drawn]
         return tuple(torch.stack(parts).float().to(device) for parts in zip(*picked))
 
 # %% ../../nbs/ct5d/65_fit.ipynb #8aae0780
@@ -82,7 +84,7 @@ def train_cvae(mode: str, preset: CT5DPreset, folders: Sequence[Path], folder: P
     config = model.config
 
     def loss_of(wrapped, step: int, generator: torch.Generator) -> torch.Tensor:
-        moving, fixed, trace_moving, trace_fixed = pairs.batch(preset.batch, generator, device)
+        moving, fixed, trace_moving, trace_fixed = pairs.gather(pairs.draw(preset.batch, generator), device)
         out = wrapped(moving, fixed, trace_moving, trace_fixed, generator=generator)
         coarse = 2 if step < COARSE_SHARE * preset.steps else 1
         return loss(out, moving, fixed, config=config, spacing_mm=preset.voxel_mm, kl_weight=preset.kl_weight, coarse=coarse).total

@@ -10,11 +10,12 @@ import numpy as np
 import xarray as xr
 
 from ..core.volume import AXES, VECTOR, check, like
-from ..data.thorax_motion import displacement_between
+from .registration import register
+from ..data.thorax_motion import displacement_between, grid_points, sample_at
 from ..data.traces import Breathing
 
 # %% auto #0
-__all__ = ['LinearMotion', 'population_model', 'motion_displacement']
+__all__ = ['LinearMotion', 'population_model', 'motion_displacement', 'solve_linear', 'fit_linear']
 
 # %% ../../nbs/ct5d/60_linear.ipynb #ea31635e
 class LinearMotion(NamedTuple):
@@ -70,3 +71,50 @@ def motion_displacement(alpha_mm: xr.DataArray, beta_mm: xr.DataArray, moving, f
                 raise ValueError(f"{name}: expected finite {part}, got NaN: repair the trace first")
         seen.append(breathing)
     return displacement_between(alpha_mm, beta_mm, *seen)
+
+# %% ../../nbs/ct5d/60_linear.ipynb #5d000002
+_RIDGE = 1e-3  # beside sums of squared differences of amplitude (1) and rate (1/s)
+
+
+def solve_linear(displacements_mm: Sequence[xr.DataArray], scans: Sequence, reference) -> LinearMotion:
+    """The law from registrations: fields u_i in mm with reference(x) = scan_i(x + u_i(x)), one for each of `scans`.
+
+    `scans`, `reference`: anything with `amplitude` (1) and `rate` (1/s) per slice `z`. Two scans beside the reference at least
+    (ValueError), and fields on one grid. Source: Paper B, section 1, after Thomas et al. 2014."""
+    if len(scans) < 2 or len(scans) != len(displacements_mm):
+        raise ValueError(f"expected one field for each of two or more scans beside the reference, got {len(displacements_mm)} fields "
+                         f"and {len(scans)} scans: alpha and beta are two unknowns")
+    grid = displacements_mm[0]
+    x = grid_points(grid).numpy().astype(float)
+    own = _breathing_at(reference, x[0])
+    normal, right = np.tile(_RIDGE * np.eye(2), (*x.shape[1:], 1, 1)), np.zeros((*x.shape[1:], 2, 3))
+    for u, scan in zip(displacements_mm, scans):
+        _check_field(u, grid, "displacements_mm")
+        d = _breathing_at(scan, x[0] + u.sel(vector="z").values) - own  # (2, Z, Y, X): differences of A and of its rate
+        normal += np.einsum("i...,j...->...ij", d, d)
+        right += np.einsum("i...,c...->...ic", d, u.values)
+    a, b = np.moveaxis(np.linalg.solve(normal, right), (-2, -1), (0, 1))
+    # X_0(x) - x = -a A_r - b A'_r, and its inverse by fixed-point iteration
+    shift = like((-a * own[0] - b * own[1]).astype(np.float32), grid)
+    rest = grid_points(grid)
+    found = rest.clone()
+    for _ in range(30):
+        found = rest - sample_at(shift, found)
+    return LinearMotion(*(like(sample_at(like(f, grid), found).numpy(), grid) for f in (a, b)))
+
+
+def _breathing_at(scan, z_mm: np.ndarray) -> np.ndarray:
+    """(2, *z_mm.shape): amplitude and rate on the slices at `z_mm`, the end slices' beyond them."""
+    return np.stack([np.interp(z_mm, s["z"].values, s.values) for s in (scan.amplitude, scan.rate)])
+
+# %% ../../nbs/ct5d/60_linear.ipynb #5d000006
+def fit_linear(scans: Sequence) -> LinearMotion:
+    """A patient's own law from three or more of the patient's scans (radrepro.data.thorax.Scan, CTs in 0..1 on one grid).
+
+    Raises ValueError for fewer scans, or CTs that `register` refuses. Source: as for `solve_linear`."""
+    if len(scans) < 3:
+        raise ValueError(f"expected three scans or more of one patient, got {len(scans)}: use the population model instead")
+    r = int(np.argmin([float(s.amplitude.mean()) for s in scans]))
+    others = [s for i, s in enumerate(scans) if i != r]
+    fields = [register(moving=s.ct, fixed=scans[r].ct).displacement_mm for s in others]
+    return solve_linear(fields, others, scans[r])

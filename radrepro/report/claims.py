@@ -207,6 +207,12 @@ def headline(rows: pd.DataFrame) -> pd.DataFrame:
     below("B: cvae_slice below the mean patient's motion, masked MSE", column("B", 1, "masked_mse", "lung + 10 mm", "cvae_slice"),
           column("B", 1, "masked_mse", "lung + 10 mm", "population"), "", least=0.8, digits=4,
           reason="the mean motion is made of the training patients' true fields, which no network is shown; " + few)
+    outside = lambda model: column("B", 1, "outside_mse", "outside of the mask", model)
+    below("B: cvae_slice not above no deformation outside of the mask, MSE", outside("cvae_slice"), outside("none"), "", digits=5,
+          reason="what moves near the mask's border carries its surroundings along; " + few)
+    tre = {m: column("B", 1, "tre", "points of the lung", m) for m in ("none", "population", "cvae_global", "cvae_slice", "linear5d", "registration")}
+    if len(tre["none"]):
+        add("B: target registration error in the lung", ", ".join(f"{m} {v.mean():.2f} mm" for m, v in tre.items() if len(v)), None)
     for model in ("cvae_global", "cvae_slice"):
         folds = column("B", 1, "foldings", "det J <= 0", model)
         if len(folds):

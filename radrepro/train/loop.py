@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,36 +21,42 @@ __all__ = ['Schedule', 'save_checkpoint', 'load_checkpoint', 'step_generator', '
 # %% ../../nbs/train/41_loop.ipynb #6f4f3650
 @dataclass(frozen=True)
 class Schedule:
-    """`steps` of AdamW (betas 0.9, 0.999: Paper A, training protocol) with a warm-up and a cosine to zero.
+    """`steps` of AdamW (betas 0.9, 0.999: Paper A, training protocol) with a warm-up and a cosine to `final_rate`.
 
-    `learning_rate`: the peak. `clip`: largest norm of the whole gradient (ours; the papers name none)."""
+    `learning_rate`: the peak. `clip`: largest norm of the whole gradient (ours; the papers name none). `average`: decay of the
+    moving average of the weights that the trained model gets, 0 for the last weights themselves."""
 
     steps: int
     learning_rate: float
     warmup_steps: int = 0
     weight_decay: float = 0.01
     clip: float = 1.0
+    final_rate: float = 0.0
+    average: float = 0.0
 
     def rate(self, step: int) -> float:
         """The learning rate of step 0 ... steps - 1."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
         done = (step - self.warmup_steps) / max(self.steps - self.warmup_steps, 1)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+        return self.final_rate + (self.learning_rate - self.final_rate) * 0.5 * (1 + math.cos(math.pi * done))
 
 # %% ../../nbs/train/41_loop.ipynb #5a9e6971
-def save_checkpoint(path: Path, model: torch.nn.Module, optimiser: torch.optim.Optimizer, history: list[float]) -> None:
-    """Write weights, AdamW's state and the history of losses (one per finished step) to `path`, atomically."""
+def save_checkpoint(path: Path, model: torch.nn.Module, optimiser: torch.optim.Optimizer, history: list[float],
+                    average: Sequence[torch.Tensor] = ()) -> None:
+    """Write weights, AdamW's state, the averaged weights and the history of losses (one per finished step) to `path`, atomically."""
     tensors = {f"model.{k}": v.detach().contiguous().cpu() for k, v in model.state_dict().items()}
     for index, state in optimiser.state_dict()["state"].items():
         tensors |= {f"optimiser.{index}.{k}": torch.as_tensor(v).detach().contiguous().cpu() for k, v in state.items()}
+    tensors |= {f"average.{i}": v.contiguous().cpu() for i, v in enumerate(average)}
     partial = path.with_suffix(".writing")
     save_file(tensors, partial, metadata={"history": json.dumps(history)})
     os.replace(partial, path)
 
 
-def load_checkpoint(path: Path, model: torch.nn.Module, optimiser: torch.optim.Optimizer) -> list[float]:
-    """Restore what `save_checkpoint` wrote; returns the history. Raises ValueError for weights of another model."""
+def load_checkpoint(path: Path, model: torch.nn.Module, optimiser: torch.optim.Optimizer,
+                    average: Sequence[torch.Tensor] = ()) -> list[float]:
+    """Restore what `save_checkpoint` wrote, `average` in place; returns the history. Raises ValueError for weights of another model."""
     try:
         with safe_open(path, "pt") as file:
             history = json.loads(file.metadata()["history"])
@@ -67,6 +73,8 @@ def load_checkpoint(path: Path, model: torch.nn.Module, optimiser: torch.optim.O
             _, index, name = k.split(".")
             state.setdefault(int(index), {})[name] = v
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+    for i, v in enumerate(average):
+        v.copy_(tensors[f"average.{i}"])
     return history
 
 # %% ../../nbs/train/41_loop.ipynb #0223e4da
@@ -76,25 +84,38 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 
 
 def fit(model: torch.nn.Module, loss_of: Callable, schedule: Schedule, *, seed: int, folder: Path, device: str = "cpu",
-        report: Callable[[float], None] | None = None, checkpoint_seconds: float = 20.0) -> list[float]:
+        report: Callable[[float], None] | None = None, checkpoint_seconds: float = 20.0, slow: tuple[str, float] = ("", 1.0)) -> list[float]:
     """Train `model` in place and return the loss of every step.
 
     `folder` holds `checkpoint.safetensors`; where it is there, training goes on from it. `report` gets the fraction done.
+    `slow`: (prefix, factor): parameters whose names begin so learn at that share of the rate. Frozen ones stay as they are.
     Raises FloatingPointError as soon as a loss is not finite."""
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=torch.device(device).type == "cpu")
-    optimiser = torch.optim.AdamW(model.parameters(), lr=schedule.learning_rate, betas=(0.9, 0.999),
-                                  weight_decay=schedule.weight_decay)
+    prefix, factor = slow
+    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    slower = [p for name, p in learning.items() if prefix and name.startswith(prefix)]
+    usual = [p for name, p in learning.items() if not (prefix and name.startswith(prefix))]
+    optimiser = torch.optim.AdamW([{"params": usual, "share": 1.0}] + ([{"params": slower, "share": factor}] if slower else []),
+                                  lr=schedule.learning_rate, betas=(0.9, 0.999), weight_decay=schedule.weight_decay)
     model.to(accelerator.device)
+    averaged = None
+    if schedule.average:
+        from diffusers.training_utils import EMAModel
+
+        averaged = EMAModel(learning.values(), decay=schedule.average)
+    shadow = averaged.shadow_params if averaged else ()
     checkpoint = Path(folder) / "checkpoint.safetensors"
-    history = load_checkpoint(checkpoint, model, optimiser) if checkpoint.exists() else []
+    history = load_checkpoint(checkpoint, model, optimiser, shadow) if checkpoint.exists() else []
+    if averaged:
+        averaged.optimization_step = len(history)
     wrapped, optimiser = accelerator.prepare(model, optimiser)
     wrapped.train()
     saved = reported = time.monotonic()
     for step in range(len(history), schedule.steps):
         for group in optimiser.param_groups:
-            group["lr"] = schedule.rate(step)
+            group["lr"] = schedule.rate(step) * group["share"]
         loss = loss_of(wrapped, step, step_generator(seed, step))
         if not torch.isfinite(loss):
             raise FloatingPointError(f"expected a finite loss at step {step}, got {loss.item()}: lower the learning rate "
@@ -103,13 +124,17 @@ def fit(model: torch.nn.Module, loss_of: Callable, schedule: Schedule, *, seed: 
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(wrapped.parameters(), schedule.clip)
         optimiser.step()
+        if averaged:
+            averaged.step(learning.values())
         history.append(loss.item())
         now = time.monotonic()
         if now - saved > checkpoint_seconds:
-            save_checkpoint(checkpoint, model, optimiser.optimizer, history)
+            save_checkpoint(checkpoint, model, optimiser.optimizer, history, shadow)
             saved = now
         if report and now - reported > 0.5:
             report((step + 1) / schedule.steps)
             reported = now
+    if averaged:
+        averaged.copy_to(learning.values())
     model.eval()
     return history

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields, replace
 
 # %% auto #0
-__all__ = ['PRESETS', 'ViTFit', 'KV2CTPreset', 'CT5DPreset', 'Preset', 'get_preset', 'refuse_unknown']
+__all__ = ['PRESETS', 'ViTFit', 'KV2CTPreset', 'DiffusionFit', 'CT5DPreset', 'Preset', 'get_preset', 'refuse_unknown']
 
 # %% ../../nbs/train/40_presets.ipynb #290aa1ad
 @dataclass(frozen=True)
@@ -50,8 +50,32 @@ class KV2CTPreset:
 
 
 @dataclass(frozen=True)
+class DiffusionFit:
+    """How Paper B's latent diffusion model is built and trained.
+
+    `level_strides`: strides (z, y, x) of the autoencoder's levels; `channels`: its features per level; `up_levels`: how much of its
+    decoder lies below the velocity head. `block_channels`: the U-Net's features per level. `rate`: AdamW's peak, cosine to a
+    hundredth. `average`: decay of the moving average of the weights. `ddim_steps`: of the reported predictions. `ablations`: train our
+    extension without each of its parts as well."""
+
+    autoencoder_steps: int
+    steps: int
+    level_strides: tuple[tuple[int, int, int], ...] = ((2, 2, 2), (2, 2, 2))
+    channels: tuple[int, ...] = (16, 32)
+    latent_channels: int = 8
+    up_levels: int = 0
+    block_channels: tuple[int, ...] = (32, 64, 64)
+    trace_dim: int = 32
+    autoencoder_rate: float = 2e-3
+    rate: float = 1e-3
+    average: float = 0.99
+    ddim_steps: int = 50
+    ablations: bool = False
+
+
+@dataclass(frozen=True)
 class CT5DPreset:
-    """Paper B: grid (z, y, x), patients per split, scans per patient, and the training of both cVAEs."""
+    """Paper B: grid (z, y, x), patients per split, scans per patient, and the training of both cVAEs and of the diffusion model."""
 
     shape: tuple[int, int, int]
     voxel_mm: tuple[float, float, float]
@@ -61,6 +85,7 @@ class CT5DPreset:
     scans: int
     steps: int
     test_pairs: int  # ordered pairs of scans for each test patient
+    diffusion: DiffusionFit
     batch: int = 4
     learning_rate: float = 2e-3
     warmup_steps: int = 20
@@ -87,22 +112,25 @@ PRESETS: dict[str, Preset] = {p.name: p for p in (
     Preset("quick", "3",
            KV2CTPreset(8, 10, ViTFit(7, (32,), (32,), 40), ViTFit(9, (32,), (32,), 40), literal_patients=1, test_shifts=2, test_poses=1,
                        virtual_days=4, spot_mm=16.0, dose_grid_mm=8.0, plan_iterations=20, every_baseline=False),
-           CT5DPreset((28, 32, 32), (11.0, 10.0, 11.0), 6, 1, 10, 4, 30, 1)),
-    Preset("laptop", "14",
-           KV2CTPreset(4, 10, ViTFit(14, (64,), (64,), 200), ViTFit(18, (64,), (64,), 300), literal_patients=1, test_shifts=4, test_poses=2,
-                       virtual_days=16, spot_mm=8.0, plan_iterations=60, every_baseline=False),
-           CT5DPreset((56, 64, 64), (5.7, 5.0, 5.6), 16, 2, 10, 8, 130, 2)),
-    Preset("workstation", "28",
+           CT5DPreset((28, 32, 32), (11.0, 10.0, 11.0), 6, 1, 10, 4, 30, 1, DiffusionFit(20, 20, ddim_steps=5))),
+    Preset("laptop", "12",
+           KV2CTPreset(4, 10, ViTFit(14, (64,), (64,), 160), ViTFit(18, (64,), (64,), 220), literal_patients=1, test_shifts=3, test_poses=1,
+                       virtual_days=10, spot_mm=8.0, plan_iterations=60, every_baseline=False),
+           CT5DPreset((56, 64, 64), (5.7, 5.0, 5.6), 16, 2, 10, 8, 130, 2, DiffusionFit(100, 100))),
+    Preset("workstation", "60",
            KV2CTPreset(4, 10, ViTFit(14, (128,), (128,), 600), ViTFit(18, (64,), (64,), 1200), literal_patients=2),
-           CT5DPreset((56, 64, 64), (5.7, 5.0, 5.6), 36, 4, 10, 25, 900, 4)),
+           CT5DPreset((56, 64, 64), (5.7, 5.0, 5.6), 36, 4, 10, 25, 900, 4, DiffusionFit(400, 400, ablations=True))),
     Preset("h200", "25 on one H200",
            KV2CTPreset(2, 10, ViTFit(3, **_PAPER, steps=4000, batch=64), ViTFit(7, **_PAPER, steps=3000, batch=48),
                        literal_patients=1, virtual_days=128),
-           CT5DPreset((112, 128, 128), (2.85, 2.5, 2.8), 36, 4, 10, 25, 5000, 4, batch=4)),
+           CT5DPreset((112, 128, 128), (2.85, 2.5, 2.8), 36, 4, 10, 25, 5000, 4, DiffusionFit(4000, 4000, ((2, 2, 2), (2, 2, 2), (2, 2, 2)), (16, 32, 64), up_levels=1,
+                                                                                           block_channels=(64, 128, 128)))),
     Preset("paper", "days on several GPUs",
            KV2CTPreset(1, 10, ViTFit(3, **_PAPER, steps=20000, batch=300, learning_rate=9.1e-4),
                        ViTFit(7, **_PAPER, steps=20000, batch=300, learning_rate=9.1e-4), literal_patients=10, test_shifts=20, virtual_days=256),
-           CT5DPreset((448, 512, 512), (1.0, 1.0, 1.0), 126, 10, 10, 25, 150_000, 600, learning_rate=1e-4)),
+           CT5DPreset((448, 512, 512), (1.0, 1.0, 1.0), 126, 10, 10, 25, 150_000, 600, learning_rate=1e-4, diffusion=DiffusionFit(
+               100_000, 150_000, ((2, 2, 2), (2, 2, 2), (7, 2, 2), (1, 2, 2), (1, 2, 2)), (16, 32, 64, 128, 128), up_levels=3,
+               block_channels=(128, 256, 256), trace_dim=128, autoencoder_rate=1e-4, rate=1e-4, average=0.9999))),
 )}
 
 

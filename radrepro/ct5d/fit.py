@@ -89,7 +89,7 @@ def train_cvae(mode: str, preset: CT5DPreset, folders: Sequence[Path], folder: P
         coarse = 2 if step < COARSE_SHARE * preset.steps else 1
         return loss(out, moving, fixed, config=config, spacing_mm=preset.voxel_mm, kl_weight=preset.kl_weight, coarse=coarse).total
 
-    schedule = Schedule(preset.steps, preset.learning_rate, preset.warmup_steps, clip=0.05)
+    schedule = Schedule(preset.steps, preset.learning_rate, preset.warmup_steps, clip=0.05, precision=preset.precision)
     history = fit(model, loss_of, schedule, seed=seed, folder=folder, device=device, report=report)
     save(model.cpu(), folder / "cvae.safetensors")
     return history

@@ -40,7 +40,7 @@ def train_autoencoder(preset: CT5DPreset, folders: Sequence[Path], folder: Path,
         ct, _, trace, _ = pairs.gather(pairs.draw(preset.batch, generator), device)
         return autoencoder_loss(*wrapped(ct, trace, generator=generator), ct, trace, kl_weight=KL_WEIGHT, trace_weight=TRACE_WEIGHT).total
 
-    schedule = Schedule(plan.autoencoder_steps, plan.autoencoder_rate, preset.warmup_steps)
+    schedule = Schedule(plan.autoencoder_steps, plan.autoencoder_rate, preset.warmup_steps, precision=preset.precision)
     history = fit(model, loss_of, schedule, seed=seed, folder=folder, device=device, report=report)
     model.cpu().save_pretrained(folder / "autoencoder")
     return history
@@ -125,7 +125,7 @@ def train_ldm(variant: str, preset: CT5DPreset, folders: Sequence[Path], autoenc
         displacement_mm = integrate(velocity_mm, moving.shape[2:], spacing_mm, stride=stride // coarse)
         return LATENT_WEIGHT * F.mse_loss(found, clean) + IMAGE_WEIGHT * F.mse_loss(warp(moving, displacement_mm, spacing_mm), fixed)
 
-    schedule = Schedule(plan.steps, plan.rate, preset.warmup_steps, final_rate=plan.rate / 100, average=plan.average)
+    schedule = Schedule(plan.steps, plan.rate, preset.warmup_steps, final_rate=plan.rate / 100, average=plan.average, precision=preset.precision)
     model = _Trainable(pipe).to(device)
     history = fit(model, loss_of, schedule, seed=seed, folder=folder, device=device, report=report, slow=("autoencoder.", DECODER_SHARE))
     pipe.to("cpu").save_pretrained(folder / "pipeline")

@@ -106,15 +106,17 @@ class _Stage(nn.Module):
     def __init__(self, before: int, after: int, heads: int, embedding: int, trace_dim: int | None):
         super().__init__()
         self.first = nn.Sequential(nn.GroupNorm(math.gcd(8, before), before), nn.SiLU(), nn.Conv2d(before, after, 3, padding=1))
-        self.time = nn.Sequential(nn.SiLU(), nn.Linear(embedding, after))
-        self.second = nn.Sequential(nn.GroupNorm(math.gcd(8, after), after), nn.SiLU(), nn.Conv2d(after, after, 3, padding=1))
+        self.norm = nn.GroupNorm(math.gcd(8, after), after)
+        self.time = nn.Sequential(nn.SiLU(), nn.Linear(embedding, 2 * after))
+        self.second = nn.Sequential(nn.SiLU(), nn.Conv2d(after, after, 3, padding=1))
         self.beside = nn.Conv2d(before, after, 1)
         self.spatial, self.slices = SpatialAttention(after, heads), SliceAttention(after, heads)
         self.trace = None if trace_dim is None else CrossAttention(after, heads, trace_dim)
 
     def forward(self, x: torch.Tensor, embedding: torch.Tensor, tokens: torch.Tensor, d: int) -> torch.Tensor:
-        h = self.first(x) + self.time(embedding)[:, :, None, None]  # (b d, after) -> (b d, after, 1, 1)
-        h = self.slices(self.spatial(self.beside(x) + self.second(h)), d)
+        scale, shift = self.time(embedding)[:, :, None, None].chunk(2, 1)  # (b d, 2 after) -> twice (b d, after, 1, 1)
+        h = self.second((1 + scale) * self.norm(self.first(x)) + shift)    # after the norm, which would take a shift away
+        h = self.slices(self.spatial(self.beside(x) + h), d)
         return h if self.trace is None else self.trace(h, tokens)
 
 

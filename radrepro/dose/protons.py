@@ -8,6 +8,7 @@ import logging
 import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,6 +72,11 @@ class Plan:
     spots: Spots
     region: xr.DataArray
     planned_dose: xr.DataArray
+
+    @cached_property
+    def beams(self):
+        """pyRadPlan's steering information with exactly these spots; made once, since checking it takes a quarter of a dose's time."""
+        return _beams(self.spots, self.size)
 
 
 class Dose(NamedTuple):
@@ -277,7 +283,7 @@ def forward(a_plan: Plan, ct: xr.DataArray) -> Dose:
             raise ValueError(f"expected the planning CT's grid ({len(want)} voxels of {axis} from {want[0]:.1f} mm), got {len(have)} from "
                              f"{have[0]:.1f} mm: resample the CT onto it")
     size = a_plan.size
-    library, beams = _pyradplan(), _beams(a_plan.spots, size)
+    library, beams = _pyradplan(), a_plan.beams
     import SimpleITK as sitk
     from pyRadPlan.cst import create_voi
 

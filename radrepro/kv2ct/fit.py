@@ -142,7 +142,7 @@ class Converter:
 
     def train(self, folder: Path, report=None) -> list[float]:
         """Fit, or go on from the checkpoint in `folder`, and write `model.safetensors` there; returns the losses."""
-        schedule = Schedule(self.plan.steps, self.plan.learning_rate, self.plan.warmup_steps)
+        schedule = Schedule(self.plan.steps, self.plan.learning_rate, self.plan.warmup_steps, precision=self.plan.precision)
         history = fit(self.model, self.loss, schedule, seed=self.seed, folder=folder, device=self.device, report=report)
         save_file({k: v.contiguous().cpu() for k, v in self.model.state_dict().items()}, Path(folder) / "model.safetensors",
                   metadata={"format": "pt", "made_for": json.dumps(self.made_for)})

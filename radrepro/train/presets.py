@@ -15,7 +15,7 @@ class ViTFit:
 
     `patch`: kV pixels per token side. `encoder_dims`, `decoder_dims`: channels per level.
     `steps`: optimiser steps of batch `batch`; `learning_rate`: AdamW's peak, cosine to zero after `warmup_steps`.
-    `kv_noise`: size of the disturbances of the input in training, in units of its spread."""
+    `kv_noise`: size of the disturbances of the input in training, in units of its spread. `precision`: of the forward pass in training, no or bf16."""
 
     patch: int
     encoder_dims: tuple[int, ...]
@@ -25,6 +25,7 @@ class ViTFit:
     learning_rate: float = 3e-3
     warmup_steps: int = 40
     kv_noise: float = 1.0
+    precision: str = "no"
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ class CT5DPreset:
     learning_rate: float = 2e-3
     warmup_steps: int = 20
     kl_weight: float = 1e-4
+    precision: str = "no"
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class Preset:
         return asdict(self)
 
 # %% ../../nbs/train/40_presets.ipynb #b413cbca
-_PAPER = dict(encoder_dims=(96, 192, 384), decoder_dims=(384, 192, 96, 96))
+_PAPER = dict(encoder_dims=(96, 192, 384), decoder_dims=(384, 192, 96, 96), precision="bf16")
 
 PRESETS: dict[str, Preset] = {p.name: p for p in (
     Preset("quick", "3",
@@ -115,7 +117,7 @@ PRESETS: dict[str, Preset] = {p.name: p for p in (
            CT5DPreset((28, 32, 32), (11.0, 10.0, 11.0), 6, 1, 10, 4, 30, 1, DiffusionFit(20, 20, ddim_steps=5))),
     Preset("laptop", "12",
            KV2CTPreset(4, 10, ViTFit(14, (64,), (64,), 160), ViTFit(18, (64,), (64,), 220), literal_patients=1, test_shifts=3, test_poses=1,
-                       virtual_days=10, spot_mm=8.0, plan_iterations=60, every_baseline=False),
+                       virtual_days=10, spot_mm=10.0, plan_iterations=60, every_baseline=False),
            CT5DPreset((56, 64, 64), (5.7, 5.0, 5.6), 16, 2, 10, 8, 130, 2, DiffusionFit(100, 100))),
     Preset("workstation", "60",
            KV2CTPreset(4, 10, ViTFit(14, (128,), (128,), 600), ViTFit(18, (64,), (64,), 1200), literal_patients=2),
@@ -124,13 +126,13 @@ PRESETS: dict[str, Preset] = {p.name: p for p in (
            KV2CTPreset(2, 10, ViTFit(3, **_PAPER, steps=4000, batch=64), ViTFit(7, **_PAPER, steps=3000, batch=48),
                        literal_patients=1, virtual_days=128),
            CT5DPreset((112, 128, 128), (2.85, 2.5, 2.8), 36, 4, 10, 25, 5000, 4, DiffusionFit(4000, 4000, ((2, 2, 2), (2, 2, 2), (2, 2, 2)), (16, 32, 64), up_levels=1,
-                                                                                           block_channels=(64, 128, 128)))),
+                                                                                           block_channels=(64, 128, 128)), precision="bf16")),
     Preset("paper", "days on several GPUs",
            KV2CTPreset(1, 10, ViTFit(3, **_PAPER, steps=20000, batch=300, learning_rate=9.1e-4),
                        ViTFit(7, **_PAPER, steps=20000, batch=300, learning_rate=9.1e-4), literal_patients=10, test_shifts=20, virtual_days=256),
            CT5DPreset((448, 512, 512), (1.0, 1.0, 1.0), 126, 10, 10, 25, 150_000, 600, learning_rate=1e-4, diffusion=DiffusionFit(
                100_000, 150_000, ((2, 2, 2), (2, 2, 2), (7, 2, 2), (1, 2, 2), (1, 2, 2)), (16, 32, 64, 128, 128), up_levels=3,
-               block_channels=(128, 256, 256), trace_dim=128, autoencoder_rate=1e-4, rate=1e-4, average=0.9999))),
+               block_channels=(128, 256, 256), trace_dim=128, autoencoder_rate=1e-4, rate=1e-4, average=0.9999), precision="bf16")),
 )}
 
 

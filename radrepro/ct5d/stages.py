@@ -107,8 +107,6 @@ def tasks(preset: Preset, cohort: str, data_dir: str, out_dir: str, device: str,
     made = tuple(t.name for t in scans)
     found = scans + [Task("B: mean patient", _population_task, (train, preset.name, str(out_dir)), cost=2.0, after=made)]
     tested = [c for c in cases if c.split == "test"]
-    found += [Task(f"B: registrations, patient {c.number}", _classical_task, (c, preset.name, seeds[0], str(out_dir)), cost=2.0 + 1.2 * plan.scans)
-              for c in tested]
     seconds = {n: 0.33 * plan.steps for n in MODELS}
     for seed in seeds:
         text = f", seed {seed}" if len(seeds) > 1 else ""
@@ -118,4 +116,5 @@ def tasks(preset: Preset, cohort: str, data_dir: str, out_dir: str, device: str,
         tests = [Task(f"B: patient {c.number}{text}", _test_task, (c, MODELS, train, preset.name, seed, str(out_dir), device), cost=12.0 * plan.test_pairs,
                       after=("B: mean patient", *title.values())) for c in tested]
         found += trainings + tests
-    return found
+    return found + [Task(f"B: registrations, patient {c.number}", _classical_task, (c, preset.name, seeds[0], str(out_dir)),
+                         cost=2.0 + 1.2 * plan.scans) for c in tested]

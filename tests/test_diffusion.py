@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from radrepro.ct5d import fit_diffusion
 from radrepro.ct5d.autoencoder import CTAutoencoder
+from radrepro.ct5d.evaluate import MASK, make_pair, model_rows, wrong_traces
 from radrepro.ct5d.fit import write_scans
 from radrepro.ct5d.fit_diffusion import make_pipeline, train_autoencoder, train_ldm, write_latents
 from radrepro.ct5d.pipeline import VARIANTS, BreathingPipeline, ddim, slice_features
@@ -139,6 +140,21 @@ save_file(dict(ct=found.warped.contiguous()), {str(tmp_path / "out.safetensors")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert torch.equal(load_file(tmp_path / "out.safetensors")["ct"], ask(pipe, *inputs).warped)
+
+
+def test_rows_of_a_diffusion_model():
+    """One pair: few steps beside many, fresh noise as a spread in mm, every wrong trace; sampling is repeatable."""
+    case = next(c for c in thorax_cases("phantom", train=2, validation=0, test=1, seed=1) if c.split == "test")
+    patient = case.load(PLAN.shape, PLAN.voxel_mm, PLAN.scans)
+    pair, pipe = make_pair(patient, 0, 1, 2), pipeline()
+    rows = model_rows("ldm_extension", pipe, pair, ddim_steps=8)
+    found = {(r["metric"], r["detail"]): r["value"] for r in rows}
+    assert {d for m, d in found if m == "masked_mse"} == {MASK} | {f"{MASK}, {t}" for t in (*wrong_traces(pair), "1 step", "5 steps")}
+    assert found["sample_spread", MASK] > 0 and {r["model"] for r in rows} == {"ldm_extension"}
+    again = {(r["metric"], r["detail"]): r["value"] for r in model_rows("ldm_extension", pipe, pair, ddim_steps=8)}
+    assert all(again[k] == v for k, v in found.items() if k[0] != "seconds")
+    one = {(r["metric"], r["detail"]): r["value"] for r in model_rows("ldm_extension", pipe, pair, ddim_steps=1)}
+    assert one["masked_mse", MASK] == found["masked_mse", f"{MASK}, 1 step"]
 
 
 @pytest.fixture(scope="module")

@@ -71,7 +71,7 @@ def test_readme_parameters_exist():
 
 def test_rows_are_the_contract(run):
     rows = numbers(run)
-    assert list(rows.columns) == COLUMNS and rows[rows.metric != "dice"].ours.notna().all()  # a bucket may be too small for this grid
+    assert list(rows.columns) == COLUMNS and rows.ours.notna().all()
     assert set(rows.verdict.str.removesuffix(" (not in the paper)")) <= {"trend holds", "trend fails", "exact", "print is wrong", "no claim",
                                                                          "not in the paper"}
     counts = rows[(rows.table == 1) & (rows.paper == "A")]
@@ -103,7 +103,9 @@ def test_a_second_run_reads_and_a_killed_run_goes_on(run, tmp_path):
     assert all(p.stat().st_mtime_ns == t for p, t in kept.items())
     pd.testing.assert_frame_equal(numbers(tmp_path), numbers(run), check_exact=True)
     made = {p: p.stat().st_mtime_ns for p in tmp_path.glob("stages/*/*/*/stage.json")}
+    started = time.monotonic()
     finished(tmp_path)
+    assert time.monotonic() - started < 60
     assert made == {p: p.stat().st_mtime_ns for p in tmp_path.glob("stages/*/*/*/stage.json")}  # everything was read, nothing made
     pd.testing.assert_frame_equal(numbers(tmp_path), numbers(run), check_exact=True)
 

@@ -79,7 +79,8 @@ def pair_metrics(pair: Pair, predicted: torch.Tensor, displacement_mm: torch.Ten
         carried = pair.labels[0]
         if field is not None:
             carried = from_tensor(warp(to_tensor(carried), displacement_mm, spacing_mm(fixed), mode="nearest"), carried)
-        rows += [dict(metric="dice", unit="1", detail=name, value=value) for name, value in dice_buckets(carried, pair.labels[1], BUCKETS).items()]
+        rows += [dict(metric="dice", unit="1", detail=name, value=value) for name, value in dice_buckets(carried, pair.labels[1], BUCKETS).items()
+                 if not np.isnan(value)]  # a bucket that neither scan shows has no overlap
     return rows
 
 # %% ../../nbs/ct5d/66_evaluate.ipynb #4e7d8e40

@@ -47,12 +47,16 @@ def show(rows: pd.DataFrame, title: str, *, digits: int = 2):
         **{"ours ± spread": [f"{o:.{digits}f}" + (f" ± {s:.{digits}f}" if pd.notna(s) else "") for o, s in zip(rows.ours, rows.spread)]},
         metric=rows.metric + " [" + rows.unit + "]")
     columns = ["patient", "model", "metric", "detail", "paper", "ours ± spread", "n", "difference", "verdict"]
-    cohort = " / ".join(rows.cohort.unique())
     # Colour-blind safe: blue holds, orange fails.
     colours = {"trend holds": "#0072b2", "exact": "#0072b2", "trend fails": "#d55e00", "print is wrong": "#d55e00"}
-    style = shown[columns].style.hide(axis="index").set_caption(f"{title} · {cohort} cohort")
+    style = shown[columns].style.hide(axis="index").set_caption(f"{title} · {_run_of(rows)}")
     return style.map(lambda v: next((f"color: {c}" for k, c in colours.items() if str(v).startswith(k)), "color: gray"),
                      subset=["verdict"]).set_table_styles(_LOOK)
+
+
+def _run_of(rows: pd.DataFrame) -> str:
+    """What belongs beside every number: cohort kind and preset."""
+    return f"{' / '.join(rows.cohort.unique())} cohort, {' / '.join(rows.preset.unique())} preset"
 
 
 _LOOK = [{"selector": "caption", "props": "font-weight: bold; text-align: left; white-space: nowrap"},
@@ -69,7 +73,7 @@ def show_means(rows: pd.DataFrame, title: str, *, by: str = "detail", digits: in
     wide = means.pivot(index="model", columns=by, values="text").reindex(index=means.model.unique(), columns=means[by].unique()).fillna("")
     wide = wide.T if wide.shape[1] > wide.shape[0] else wide
     of = f"mean ± spread over {means.n.max()} patients" if who == "mean" else f"patient {who}, ± spread over up to {means.n.max()} images"
-    return (wide.style.set_caption(f"{title}, {of} · {' / '.join(rows.cohort.unique())} cohort, {' / '.join(rows.preset.unique())} preset")
+    return (wide.style.set_caption(f"{title}, {of} · {_run_of(rows)}")
             .set_table_styles([*_LOOK, {"selector": "thead th", "props": "white-space: normal; max-width: 9em"}]))
 
 
@@ -81,5 +85,5 @@ def show_patients(rows: pd.DataFrame, title: str, *, digits: int = 1):
     order = sorted(wide.index, key=lambda p: (not p.isdigit(), int(p) if p.isdigit() else 0))
     table = paper.join(wide, how="outer").loc[order]
     return (table.style.format(f"{{:.{digits}f}}", na_rep="")
-            .set_caption(f"{title} · {rows.metric.iloc[0]} [{unit}], {detail} · {' / '.join(rows.cohort.unique())} cohort")
+            .set_caption(f"{title} · {rows.metric.iloc[0]} [{unit}], {detail} · n = {int(wide.index.str.isdigit().sum())} patients · {_run_of(rows)}")
             .set_table_styles(_LOOK))

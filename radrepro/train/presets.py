@@ -56,8 +56,7 @@ class DiffusionFit:
 
     `level_strides`: strides (z, y, x) of the autoencoder's levels; `channels`: its features per level; `up_levels`: how much of its
     decoder lies below the velocity head. `block_channels`: the U-Net's features per level. `rate`: AdamW's peak, cosine to a
-    hundredth. `average`: decay of the moving average of the weights. `ddim_steps`: of the reported predictions. `ablations`: train our
-    extension without each of its parts as well."""
+    hundredth. `average`: decay of the moving average of the weights. `ddim_steps`: of the reported predictions."""
 
     autoencoder_steps: int
     steps: int
@@ -71,7 +70,6 @@ class DiffusionFit:
     rate: float = 1e-3
     average: float = 0.99
     ddim_steps: int = 50
-    ablations: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,13 +113,13 @@ PRESETS: dict[str, Preset] = {p.name: p for p in (
            KV2CTPreset(8, 10, ViTFit(7, (32,), (32,), 40), ViTFit(9, (32,), (32,), 40), literal_patients=1, test_shifts=2, test_poses=1,
                        virtual_days=4, spot_mm=16.0, dose_grid_mm=8.0, plan_iterations=20, every_baseline=False),
            CT5DPreset((28, 32, 32), (11.0, 10.0, 11.0), 6, 1, 10, 4, 30, 1, DiffusionFit(20, 20, ddim_steps=5))),
-    Preset("laptop", "12",
+    Preset("laptop", "13",
            KV2CTPreset(4, 10, ViTFit(14, (64,), (64,), 160), ViTFit(18, (64,), (64,), 220), literal_patients=1, test_shifts=3, test_poses=1,
                        virtual_days=10, spot_mm=10.0, plan_iterations=60, every_baseline=False),
            CT5DPreset((56, 64, 64), (5.7, 5.0, 5.6), 16, 2, 10, 8, 130, 2, DiffusionFit(100, 100))),
     Preset("workstation", "60",
            KV2CTPreset(4, 10, ViTFit(14, (128,), (128,), 600), ViTFit(18, (64,), (64,), 1200), literal_patients=2),
-           CT5DPreset((56, 64, 64), (5.7, 5.0, 5.6), 36, 4, 10, 25, 900, 4, DiffusionFit(400, 400, ablations=True))),
+           CT5DPreset((56, 64, 64), (5.7, 5.0, 5.6), 36, 4, 10, 25, 900, 4, DiffusionFit(400, 400))),
     Preset("h200", "25 on one H200",
            KV2CTPreset(2, 10, ViTFit(3, **_PAPER, steps=4000, batch=64), ViTFit(7, **_PAPER, steps=3000, batch=48),
                        literal_patients=1, virtual_days=128),

@@ -4,7 +4,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from radrepro.report.claims import add_verdicts, comparisons, rows_of
+from radrepro.report.claims import add_verdicts, comparisons, headline, rows_of
 
 
 def judged(table, metric, detail, *, paper="A", **ours):
@@ -52,3 +52,25 @@ def test_the_one_sided_p_asks_whether_the_dual_model_is_better(table, metric, de
     assert line.rival == "primary" and line.n == 5 and line.p_one_sided < 0.001 and line.p_two_sided == pytest.approx(2 * line.p_one_sided)
     assert line.mean_difference == pytest.approx(sign * sum(gains) / 5)
     assert line.ci_low <= line.mean_difference <= line.ci_high and sign * line.ci_low > 0 and sign * line.hedges_g > 0
+
+
+@pytest.mark.parametrize(("paper", "table", "metric", "detail", "claim", "low", "high"), [
+    ("B", 1, "outside_mse", "outside of the mask", "outside of the mask, MSE", "cvae_slice", "none"),
+    ("B", 1, "masked_mse", "lung + 10 mm", "mean patient's motion", "cvae_slice", "population"),
+    ("A", 2, "mae", "whole", "dual model below its primary model, MAE", "fused", "primary"),
+    ("A", 2, "mae", "whole, shifted kV", "below registration_1dof, MAE, shifted kV", "fused_aligned", "registration_1dof"),
+    ("A", 6, "shift_error", "unbounded, cubic", "below fused, unbounded shift error", "fused_aligned", "fused"),
+    ("A", 3, "hu_gamma", "2%2mm, gCT as reference, HU + 1000", "gamma of HU", "primary", "fused"),
+    ("A", 4, "dose_gamma", "2%2mm, gCT as reference", "gamma of dose", "primary", "fused"),
+    ("A", 5, "ctv_d95", "absolute difference", "DVH difference| of CTV", "fused", "primary"),
+    ("A", 5, "mandible_d0.03cc", "absolute difference", "DVH difference| of organs", "fused", "primary"),
+])
+def test_a_headline_holds_on_one_side_only(paper, table, metric, detail, claim, low, high):
+    """`low` names the model with the smaller number where the claim holds."""
+    for small, large, holds in ((low, high, True), (high, low, False)):
+        values = pd.DataFrame([{"paper": paper, "table": table, "patient": str(i), "model": m, "metric": metric, "unit": "", "detail": detail, "seed": 0,
+                                "value": v + 0.1 * i} for i in range(4) for m, v in ((small, 1.0), (large, 2.0))])
+        found = headline(rows_of(values, cohort="phantom", preset="quick"))
+        line = found[found.claim.str.contains(claim, regex=False)]
+        assert len(line) == 1 and bool(line.holds.item()) is holds, line
+        assert bool(line.reason.item()) is not holds  # a failing claim says why

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from radrepro.ct5d import fit_diffusion
 from radrepro.ct5d.autoencoder import CTAutoencoder
 from radrepro.ct5d.evaluate import MASK, make_pair, model_rows, wrong_traces
-from radrepro.ct5d.fit import write_scans
+from radrepro.ct5d.fit import Pairs, write_scans
 from radrepro.ct5d.fit_diffusion import make_pipeline, train_autoencoder, train_ldm, write_latents
 from radrepro.ct5d.pipeline import VARIANTS, BreathingPipeline, ddim, slice_features
 from radrepro.data.cohorts import thorax_cases
@@ -51,6 +51,7 @@ def test_the_noise_is_that_of_the_equation():
         abar = float(scheduler.alphas_cumprod[t])
         assert x.mean().item() == pytest.approx(3 * abar**0.5, abs=0.03)
         assert x.var().item() == pytest.approx(1 - abar, abs=0.03)  # with the paper's print it would be (1 - abar)^2
+    assert scheduler.alphas_cumprod[-1] == 0  # sampling starts where training has been: in noise that holds nothing of the target
 
 
 def test_residual_and_whole_latent_are_undone():
@@ -178,6 +179,71 @@ def test_residuals_are_standardised(patients):
     n = len(stored["patient.0"])
     # over ordered pairs of n scans the mean square difference is 2 n / (n - 1) times the variance about the patient's mean
     torch.testing.assert_close((pairs**2).mean((0, 2, 3, 4)).sqrt(), stored["residual_std"] * (n / (n - 1)) ** 0.5, rtol=1e-3, atol=1e-5)
+
+
+def first_losses(patients, tmp_path, monkeypatch, answer, step=0, plan=PLAN, variant="extension"):
+    """(loss of that step, what the network was given) with `answer(clean, velocity shape)` in the network's place, and the pipeline's own numbers."""
+    root, folders = patients
+    heard = {}
+
+    def once(model, loss_of, schedule, *, seed, folder, **how):
+        heard.update(how, model=model, names=[n for n, p in model.named_parameters() if p.requires_grad])
+        generator = loop.step_generator(seed, step)
+        drawn = heard["pairs"] = Pairs.read(folders).draw(plan.batch, loop.step_generator(seed, step))
+
+        def network(noisy, timestep, z_moving, trace_moving, trace_fixed):
+            heard.update(noisy=noisy, timestep=timestep, z_moving=z_moving, trace_moving=trace_moving, trace_fixed=trace_fixed)
+            z = load_file(root / "latents" / "latents.safetensors")
+            z_fixed = torch.stack([z[f"patient.{p}"][j] for p, _, j in drawn])
+            heard["clean"] = model.pipe.target(z_moving, z_fixed)
+            return answer(heard["clean"], (len(noisy), 3, *model.pipe.autoencoder.latent_shape))
+
+        heard["loss"] = float(loss_of(network, step, generator))
+        return [heard["loss"]]
+
+    monkeypatch.setattr(fit_diffusion, "fit", once)
+    (tmp_path / "ldm").mkdir(exist_ok=True)
+    train_ldm(variant, plan, folders, root / "code", root / "latents", tmp_path / "ldm", seed=0)
+    return heard
+
+
+def test_training_shows_a_noised_target_and_both_traces(patients, tmp_path, monkeypatch):
+    root, folders = patients
+    heard = first_losses(patients, tmp_path, monkeypatch, lambda clean, shape: (clean, torch.zeros(shape)))
+    z = load_file(root / "latents" / "latents.safetensors")
+    assert torch.equal(heard["z_moving"], torch.stack([z[f"patient.{p}"][i] for p, i, _ in heard["pairs"]]))
+    pairs = Pairs.read(folders)
+    for name, k in (("trace_moving", 1), ("trace_fixed", 2)):
+        assert torch.equal(heard[name][..., 0], torch.stack([pairs.amplitudes[triple[0]][triple[k]] for triple in heard["pairs"]]))
+    abar = ddim().alphas_cumprod[heard["timestep"]].reshape(-1, 1, 1, 1, 1)
+    noise = (heard["noisy"] - abar.sqrt() * heard["clean"]) / (1 - abar).sqrt()
+    assert noise.std().item() == pytest.approx(1, abs=0.15) and abs(noise.mean().item()) < 0.15
+    assert heard["clean"].abs().max() > 0 and heard["slow"] == ("autoencoder.", fit_diffusion.DECODER_SHARE)
+    learning = heard["names"]
+    assert {n.split(".")[0] for n in learning} == {"unet", "trace_encoder", "velocity_head", "autoencoder"}
+    assert not [n for n in learning if n.startswith(("autoencoder.down", "autoencoder.trace_down", "autoencoder.norm", "autoencoder.moments"))]
+
+
+def test_loss_is_the_latents_error_and_the_warped_scans(patients, tmp_path, monkeypatch):
+    """Without motion and with the right latent, what is left is IMAGE_WEIGHT times the scans' own difference: coarse first, whole at the end."""
+    _, folders = patients
+    for step, coarse in ((0, 2), (PLAN.diffusion.steps - 1, 1)):
+        heard = first_losses(patients, tmp_path, monkeypatch, lambda clean, shape: (clean, torch.zeros(shape)), step)
+        moving, fixed, *_ = Pairs.read(folders).gather(heard["pairs"])
+        pooled = [torch.nn.functional.avg_pool3d(v, coarse) for v in (moving, fixed)]
+        still = fit_diffusion.IMAGE_WEIGHT * torch.nn.functional.mse_loss(*pooled).item()
+        assert heard["loss"] == pytest.approx(still, rel=1e-4)
+        off = first_losses(patients, tmp_path, monkeypatch, lambda clean, shape: (clean + 2.0, torch.zeros(shape)), step)
+        assert off["loss"] - still == pytest.approx(4 * fit_diffusion.LATENT_WEIGHT, rel=1e-3)
+
+        def far_end(clean, shape):
+            """Motion in the last column of velocities only, which is the picture's last fifth."""
+            v = torch.zeros(shape)
+            v[:, 1, ..., -1] = 15.0
+            return clean, v
+
+        moved = first_losses(patients, tmp_path, monkeypatch, far_end, step)
+        assert abs(moved["loss"] - still) > 1e-4 * still  # at half resolution, too, the velocity covers the whole picture
 
 
 def test_a_killed_training_goes_on_to_the_same_pipeline(patients, tmp_path, monkeypatch):

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from radrepro.core.volume import like
 from radrepro.data.headneck import phantom_patient, reproject
 from radrepro.kv2ct import extension
 from radrepro.kv2ct.baselines import mean_training_ct
+from radrepro.kv2ct.evaluate import pose_rows
 from radrepro.kv2ct.extension import (
     Aligned,
     aligned_kv,
@@ -124,3 +126,24 @@ def test_new_anatomy_counts_only_what_no_mixture_has(patient):
     assert new_anatomy_percent(patient, 2 * mean_training_ct(patient) - truth) == pytest.approx(-100.0, abs=1e-5)
     one = replace(patient, sessions=(patient.training[0], patient.test))
     assert new_anatomy_percent(one, truth) == pytest.approx(100.0)
+
+
+@pytest.mark.parametrize("which", ["primary", "secondary"])
+def test_a_virtual_day_keeps_its_own_kv(patient, which):
+    """Days told apart by a number in both: whatever sample of a day is drawn, CT and kV carry the same number."""
+    shape, views = patient.planning.shape, patient.test.kvs[0].shape
+    days = [(torch.full(shape, 1000.0 * n), torch.full(views, 100.0 * n)) for n in (1, 2, 3)]
+    samples = extension_converter(patient, which, PLANS[which], days).samples
+    drawn = samples.batch(torch.arange(0, len(samples), max(1, len(samples) // 4000)))
+    ct, kv = (v.flatten(1).float().round() for v in (drawn.ct, drawn.kv))  # shifts are interpolated
+    made_up = (kv.amin(1) >= 100) & (kv.amin(1) == kv.amax(1))  # a constant picture comes from a day; real ones are below
+    assert torch.equal(ct[made_up].amin(1), 10 * kv[made_up].amax(1)) and set(kv[made_up].amax(1).tolist()) == {100.0, 200.0, 300.0}
+
+
+def test_six_degree_errors_are_against_the_moved_truth(patient):
+    """A model that knows the pose and the day has no error; the day as it lay has one."""
+    pose = Pose(translation_mm=(3.0, -4.0, 2.0), rotation_deg=(2.0, 0.0, -1.0))
+    truth = like(patient.test.ct.values, patient.planning, "HU")
+    knows, lies = torch.from_numpy(moved_ct(truth, pose).values), torch.from_numpy(truth.values)
+    rows = {r["model"]: r["value"] for r in pose_rows(patient, {"knows": lambda kv: knows, "lies": lambda kv: lies}, [pose])}
+    assert rows["knows"] == 0 and rows["lies"] > 5

@@ -72,7 +72,7 @@ def make_pipeline(variant: Variant, preset: CT5DPreset, autoencoder: CTAutoencod
     features = autoencoder.trunk(torch.zeros(1, c, *autoencoder.latent_shape), plan.up_levels).shape[1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet = PseudoUNet(2 * c, c + variant.free_channels, block_channels=plan.block_channels, trace_dim=plan.trace_dim,
+        unet = PseudoUNet(2 * c, c + variant.free_channels, block_channels=plan.block_channels, heads=plan.heads, trace_dim=plan.trace_dim,
                           slice_channels=5 if variant.aligned_trace else 0)
         parts = TraceEncoder(trace_dim=plan.trace_dim), unet, VelocityHead(features, variant.free_channels)
     numbers = {f"latent_{k}" if k != "residual_std" else k: statistics[k].tolist() for k in ("mean", "std", "residual_std")}

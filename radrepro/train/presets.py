@@ -55,7 +55,7 @@ class DiffusionFit:
     """How Paper B's latent diffusion model is built and trained.
 
     `level_strides`: strides (z, y, x) of the autoencoder's levels; `channels`: its features per level; `up_levels`: how much of its
-    decoder lies below the velocity head. `block_channels`: the U-Net's features per level. `rate`: AdamW's peak, cosine to a
+    decoder lies below the velocity head. `block_channels`, `heads`: the U-Net's features per level, and its attentions' heads. `rate`: AdamW's peak, cosine to a
     hundredth. `average`: decay of the moving average of the weights. `ddim_steps`: of the reported predictions."""
 
     autoencoder_steps: int
@@ -65,6 +65,7 @@ class DiffusionFit:
     latent_channels: int = 8
     up_levels: int = 0
     block_channels: tuple[int, ...] = (32, 64, 64)
+    heads: int = 2
     trace_dim: int = 32
     autoencoder_rate: float = 2e-3
     rate: float = 1e-3
@@ -124,13 +125,13 @@ PRESETS: dict[str, Preset] = {p.name: p for p in (
            KV2CTPreset(2, 10, ViTFit(3, **_PAPER, steps=4000, batch=64), ViTFit(7, **_PAPER, steps=3000, batch=48),
                        literal_patients=1, virtual_days=128),
            CT5DPreset((112, 128, 128), (2.85, 2.5, 2.8), 36, 4, 10, 25, 5000, 4, DiffusionFit(4000, 4000, ((2, 2, 2), (2, 2, 2), (2, 2, 2)), (16, 32, 64), up_levels=1,
-                                                                                           block_channels=(64, 128, 128)), precision="bf16")),
+                                                                                           block_channels=(64, 128, 128), heads=4), precision="bf16")),
     Preset("paper", "days on several GPUs",
            KV2CTPreset(1, 10, ViTFit(3, **_PAPER, steps=20000, batch=300, learning_rate=9.1e-4),
                        ViTFit(7, **_PAPER, steps=20000, batch=300, learning_rate=9.1e-4), literal_patients=10, test_shifts=20, virtual_days=256),
            CT5DPreset((448, 512, 512), (1.0, 1.0, 1.0), 126, 10, 10, 25, 150_000, 600, learning_rate=1e-4, diffusion=DiffusionFit(
                100_000, 150_000, ((2, 2, 2), (2, 2, 2), (7, 2, 2), (1, 2, 2), (1, 2, 2)), (16, 32, 64, 128, 128), up_levels=3,
-               block_channels=(128, 256, 256), trace_dim=128, autoencoder_rate=1e-4, rate=1e-4, average=0.9999), precision="bf16")),
+               block_channels=(128, 256, 256), heads=4, trace_dim=128, autoencoder_rate=1e-4, rate=1e-4, average=0.9999), precision="bf16")),
 )}
 
 

@@ -150,8 +150,9 @@ def test_rows_of_a_diffusion_model():
     pair, pipe = make_pair(patient, 0, 1, 2), pipeline()
     rows = model_rows("ldm_extension", pipe, pair, ddim_steps=8)
     found = {(r["metric"], r["detail"]): r["value"] for r in rows}
-    assert {d for m, d in found if m == "masked_mse"} == {MASK} | {f"{MASK}, {t}" for t in (*wrong_traces(pair), "1 step", "5 steps")}
-    assert found["sample_spread", MASK] > 0 and {r["model"] for r in rows} == {"ldm_extension"}
+    wrong = {f"{MASK}, {t}, 5 steps" for t in wrong_traces(pair)}
+    assert {d for m, d in found if m == "masked_mse"} == {MASK} | wrong | {f"{MASK}, {t}" for t in ("1 step", "2 steps", "5 steps")}
+    assert found["sample_spread", f"{MASK}, 4 draws, 5 steps"] > 0 and {r["model"] for r in rows} == {"ldm_extension"}
     again = {(r["metric"], r["detail"]): r["value"] for r in model_rows("ldm_extension", pipe, pair, ddim_steps=8)}
     assert all(again[k] == v for k, v in found.items() if k[0] != "seconds")
     one = {(r["metric"], r["detail"]): r["value"] for r in model_rows("ldm_extension", pipe, pair, ddim_steps=1)}

@@ -45,8 +45,8 @@ def column(rows, **where):
 def test_stages_are_shared_between_tasks(run):
     out, _, _ = run
     made = {p.parent.parent.name: len(list(p.parent.parent.iterdir())) for p in out.glob("stages/*/*/*/stage.json")}
-    # two patients x (primary, secondary, matched, two aligned) and the literal pair of one; two seeds x two modes; one set of scans a patient
-    assert made["fit"] == 12 and made["models"] == 4 and made["scans"] == 2 and made["population"] == 1
+    # two patients x (primary, secondary, matched, two aligned) and the literal pair of one; two seeds x an autoencoder, four models; one set of scans a patient
+    assert made["fit"] == 12 and made["models"] == 10 and made["scans"] == 2 and made["population"] == 1
 
 
 def test_rows_carry_what_they_were_measured_with(run):

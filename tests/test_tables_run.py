@@ -79,7 +79,8 @@ def test_rows_are_the_contract(run):
     assert {p.name for p in (run / "tables").iterdir()} >= {"a_table1.csv", "a_table2.csv", "a_table6.csv", "a_statistics.csv", "b_table1.csv",
                                                              "summary.json", "headline.txt"}
     assert set(rows[(rows.paper == "A") & (rows.table == 2)].model) >= {"fused", "primary", "mean_ct", "registration_1dof", "fused_wrong_kv"}
-    assert set(rows[rows.paper == "B"].model) == {"none", "population", "cvae_global", "cvae_slice", "linear5d", "registration", "truth"}
+    assert set(rows[rows.paper == "B"].model) == {"none", "population", "cvae_global", "cvae_slice", "ldm_paper", "ldm_extension",
+                                                     "linear5d", "registration", "truth"}
     assert rows[rows.patient.ne("mean") & rows.table.le(6)].groupby(["paper", "table"]).patient.nunique().eq(10).all()
     assert set(rows[rows.table == 7].patient) == {"1"}  # robustness: one patient is enough here
     assert {"fused", "primary", "fused_aligned"} <= set(rows[(rows.paper == "A") & (rows.table == 4)].model)

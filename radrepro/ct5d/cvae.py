@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from ..core.warp import exp_velocity, upsample_field, warp
 
 # %% auto #0
-__all__ = ['CVAEConfig', 'integrate', 'BellowsEncoder', 'SliceEncoder', 'CVAEOutput', 'Prediction', 'CVAE', 'Loss', 'loss',
-           'save', 'load']
+__all__ = ['CVAEConfig', 'integrate', 'BellowsEncoder', 'SliceEncoder', 'CVAEOutput', 'Prediction', 'CVAE', 'gaussian_kl', 'Loss',
+           'loss', 'save', 'load']
 
 # %% ../../nbs/ct5d/61_cvae.ipynb #91e66419
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class CVAEConfig:
     `shape`: slices, rows and columns (z, y, x) of the pictures. `trace_mode`: global (Paper B) or slice (ours).
     `trace_features`: 1 for the amplitude, 2 with its rate in 1/s. `channels`: features at 1/2, 1/4, ... resolution.
     `latent_dim`: length of z. `embedding_dim`: length of the traces' vector (global). `trace_channels`: channels beside
-    the features (slice). `velocity_stride`: 1, 2 or 4 voxels per velocity. `squarings`: of the exponential."""
+    the features (slice). `velocity_stride`: 1, 2, 4 or 8 voxels per velocity. `squarings`: of the exponential.
+    `prior`: of z, standard (Paper B: N(0, I)) or conditional (ours: read off the moving picture and the traces)."""
 
     shape: tuple[int, int, int]
     trace_mode: str = "slice"
@@ -40,6 +41,7 @@ class CVAEConfig:
     trace_channels: int = 16
     velocity_stride: int = 4
     squarings: int = 7
+    prior: str = "standard"
 
     def __post_init__(self):
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
@@ -47,8 +49,10 @@ class CVAEConfig:
         if self.trace_mode not in ("global", "slice"):
             raise ValueError(f"trace_mode: expected global (Paper B) or slice (ours), got {self.trace_mode!r}: "
                              "take one of them")
-        if self.velocity_stride not in (1, 2, 4) or 2 ** len(self.channels) < self.velocity_stride:
-            raise ValueError(f"velocity_stride: expected 1, 2 or 4, at most 2^{len(self.channels)} for these channels, "
+        if self.prior not in ("standard", "conditional"):
+            raise ValueError(f"prior: expected standard (Paper B) or conditional (ours), got {self.prior!r}: take one of them")
+        if self.velocity_stride not in (1, 2, 4, 8) or 2 ** len(self.channels) < self.velocity_stride:
+            raise ValueError(f"velocity_stride: expected 1, 2, 4 or 8, at most 2^{len(self.channels)} for these channels, "
                              f"got {self.velocity_stride}: lower it or add a level to channels")
         if len(self.shape) != 3 or min(self.shape) < 4:
             raise ValueError(f"shape: expected (z, y, x) of 4 voxels or more, got {self.shape}: "
@@ -111,11 +115,13 @@ class SliceEncoder(nn.Module):
 
 # %% ../../nbs/ct5d/61_cvae.ipynb #ec54bd38
 class CVAEOutput(NamedTuple):
-    """Of a training pass: `velocity_mm` (b, 3, z', y', x'); `mu`, `logvar` (b, latent_dim) of q(z | M, F)."""
+    """Of a training pass: `velocity_mm` (b, 3, z', y', x'); `mu`, `logvar` (b, latent_dim) of q(z | M, F), and of the prior."""
 
     velocity_mm: torch.Tensor
     mu: torch.Tensor
     logvar: torch.Tensor
+    prior_mu: torch.Tensor = torch.zeros(())
+    prior_logvar: torch.Tensor = torch.zeros(())
 
 
 class Prediction(NamedTuple):
@@ -158,6 +164,12 @@ class CVAE(nn.Module):
         nn.init.constant_(self.moments.bias[z:], -1.0)
         nn.init.normal_(self.head.weight, std=1e-5)
         nn.init.zeros_(self.head.bias)
+        if config.prior == "conditional":  # made last, so that the other layers start as they do without it; it starts at N(0, I)
+            told = 1 + 2 * config.trace_features  # M and a channel for each trace
+            self.prior = nn.Sequential(_conv(told, c[0], 2), *[_conv(a, b, 2) for a, b in pairs])
+            self.prior_moments = nn.Linear(c[-1], 2 * z)
+            nn.init.normal_(self.prior_moments.weight, std=0.01)
+            nn.init.zeros_(self.prior_moments.bias)
 
     def encode(self, moving: torch.Tensor, fixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(mu, log sigma^2) of q(z | M, F), (b, latent_dim) each; in training only, since F is not there at test."""
@@ -165,6 +177,16 @@ class CVAE(nn.Module):
         self._check_picture(fixed, "fixed")
         features = self.posterior(torch.cat([moving, fixed], 1)).mean((2, 3, 4))
         mu, logvar = self.moments(features).chunk(2, 1)
+        return mu, logvar
+
+    def expect(self, moving: torch.Tensor, trace_moving: torch.Tensor, trace_fixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(mu, log sigma^2) of the prior, (b, latent_dim) each: 0 and 0 for the standard one; F is not needed."""
+        self._check_picture(moving, "moving")
+        if self.config.prior == "standard":
+            return tuple(moving.new_zeros(2, len(moving), self.config.latent_dim))
+        traces = [self._padded_trace(t, moving, name)[..., :moving.shape[2], None, None].expand(-1, -1, -1, *moving.shape[3:])
+                  for t, name in ((trace_moving, "trace_moving"), (trace_fixed, "trace_fixed"))]
+        mu, logvar = self.prior_moments(self.prior(torch.cat([moving, *traces], 1)).mean((2, 3, 4))).chunk(2, 1)
         return mu, logvar
 
     def decode(self, moving: torch.Tensor, trace_moving: torch.Tensor, trace_fixed: torch.Tensor,
@@ -205,21 +227,22 @@ class CVAE(nn.Module):
         z = mu
         if generator is not None:
             z = mu + (0.5 * logvar).exp() * _noise(mu.shape, generator).to(mu)
-        return CVAEOutput(self.decode(moving, trace_moving, trace_fixed, z), mu, logvar)
+        return CVAEOutput(self.decode(moving, trace_moving, trace_fixed, z), mu, logvar, *self.expect(moving, trace_moving, trace_fixed))
 
     @torch.no_grad()
     def predict(self, moving: torch.Tensor, trace_moving: torch.Tensor, trace_fixed: torch.Tensor, *, spacing_mm,
                 z: torch.Tensor | None = None, generator: torch.Generator | None = None) -> Prediction:
         """`moving` as it would be under `trace_fixed`; F is not needed.
 
-        z (b, latent_dim) is taken as given, or drawn from N(0, I) by `generator` (Paper B), or 0 without either.
+        z (b, latent_dim) is taken as given, or drawn from the prior by `generator` (Paper B), or the prior's mean without either.
         Raises ValueError for NaN, which `warp` would hide."""
         for name, given in (("moving", moving), ("trace_moving", trace_moving), ("trace_fixed", trace_fixed)):
             if not torch.isfinite(given).all():
                 raise ValueError(f"{name}: expected finite numbers, got NaN or infinity: repair it first")
         if z is None:
-            shape = (moving.shape[0], self.config.latent_dim)
-            z = torch.zeros(shape) if generator is None else _noise(shape, generator)
+            z, logvar = self.expect(moving, trace_moving, trace_fixed)
+            if generator is not None:
+                z = z + (0.5 * logvar).exp() * _noise(z.shape, generator).to(z)
         velocity_mm = self.decode(moving, trace_moving, trace_fixed, z.to(moving))
         displacement_mm = integrate(velocity_mm, self.config.shape, spacing_mm, stride=self.config.velocity_stride,
                                     squarings=self.config.squarings)
@@ -243,6 +266,12 @@ def _noise(shape, generator: torch.Generator) -> torch.Tensor:
     return torch.randn(shape, generator=generator, device=generator.device)
 
 # %% ../../nbs/ct5d/61_cvae.ipynb #64fe12f3
+def gaussian_kl(mu: torch.Tensor, logvar: torch.Tensor, prior_mu: torch.Tensor, prior_logvar: torch.Tensor) -> torch.Tensor:
+    """KL(N(mu, sigma) || N(prior_mu, prior_sigma)) in nats, (b,), of diagonal Gaussians; means and log sigma^2 are (b, latent_dim)."""
+    # 1/2 sum(((mu - mu_p)^2 + sigma^2) / sigma_p^2 - 1 - log(sigma^2 / sigma_p^2))
+    return 0.5 * (((mu - prior_mu)**2 + logvar.exp()) * (-prior_logvar).exp() - 1 - (logvar - prior_logvar)).sum(1)
+
+
 class Loss(NamedTuple):
     """`total` = `mse` + kl_weight * `kl`, scalars; the KL is in nats."""
 
@@ -267,8 +296,7 @@ def loss(output: CVAEOutput, moving: torch.Tensor, fixed: torch.Tensor, *, confi
     displacement_mm = integrate(output.velocity_mm, moving.shape[2:], spacing_mm, stride=stride,
                                 squarings=config.squarings)
     mse = F.mse_loss(warp(moving, displacement_mm, spacing_mm), fixed)
-    # KL(N(mu, sigma) || N(0, I)) = 1/2 sum(mu^2 + sigma^2 - 1 - log sigma^2)
-    kl = 0.5 * (output.mu**2 + output.logvar.exp() - 1 - output.logvar).sum(1).mean()
+    kl = gaussian_kl(*output[1:]).mean()
     return Loss(mse + kl_weight * kl, mse, kl)
 
 # %% ../../nbs/ct5d/61_cvae.ipynb #7b85e35a

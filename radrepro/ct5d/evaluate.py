@@ -24,8 +24,8 @@ from ..metrics.motion import dice_buckets, folding_count, tre_mm
 MASK = "lung + 10 mm"
 
 # %% auto #0
-__all__ = ['MASK', 'LANDMARKS', 'Pair', 'make_pair', 'pair_metrics', 'draw_pairs', 'wrong_traces', 'model_rows', 'field_rows',
-           'evaluate_patient', 'classical_patient']
+__all__ = ['MASK', 'LANDMARKS', 'FEW_STEPS', 'Pair', 'make_pair', 'pair_metrics', 'draw_pairs', 'wrong_traces', 'model_rows',
+           'field_rows', 'evaluate_patient', 'classical_patient']
 
 # %% ../../nbs/ct5d/66_evaluate.ipynb #2f838fc2
 LANDMARKS = 300
@@ -104,8 +104,13 @@ def wrong_traces(pair: Pair) -> dict[str, np.ndarray]:
             "reversed trace": own[::-1].copy()}
 
 
+FEW_STEPS = 5
+
+
 def model_rows(name: str, model, pair: Pair, *, device: str = "cpu", ddim_steps: int = 50) -> list[dict]:
-    """Rows of one network on one pair: `pair_metrics`, seconds, and the masked error under wrong traces and other draws or steps."""
+    """Rows of one network on one pair: `pair_metrics`, seconds, and the masked error under wrong traces and other draws or steps.
+
+    A diffusion model (`name` begins with ldm) takes `ddim_steps`, under wrong traces and in further draws at most `FEW_STEPS`."""
     diffuses = name.startswith("ldm")
     sampled = diffuses or name == "cvae_global"  # z ~ N(0, I), as Paper B tests it
     image, step = to_tensor(pair.moving.ct, device), spacing_mm(pair.moving.ct)
@@ -121,14 +126,14 @@ def model_rows(name: str, model, pair: Pair, *, device: str = "cpu", ddim_steps:
     started = time.perf_counter()
     warped, u = ask(own, sampled)
     rows = [dict(metric="seconds", unit="s", detail="a scan", value=time.perf_counter() - started)] + pair_metrics(pair, warped, u)
-    variants = []
-    wrong = wrong_traces(pair)
-    variants += zip(wrong, ask(torch.cat([as_tensor(a) for a in wrong.values()]), sampled)[0].split(1))
+    variants, wrong, few = [], wrong_traces(pair), min(ddim_steps, FEW_STEPS)
+    said = f", {few} steps" if diffuses and few < ddim_steps else ""
+    variants += zip((text + said for text in wrong), ask(torch.cat([as_tensor(a) for a in wrong.values()]), sampled, few)[0].split(1))
     if diffuses:
-        variants += [(f"{n} step" + "s" * (n > 1), ask(own, True, n)[0]) for n in (1, 5) if n < ddim_steps]
-        again = torch.cat([u, ask(own.expand(2, -1, -1), True, seed=pair.seed + 1)[1]])
-        spread_mm = again.var(0).sum(0).sqrt()[torch.from_numpy(pair.mask.values)]
-        rows.append(dict(metric="sample_spread", unit="mm", detail=MASK, value=float(spread_mm.mean())))
+        variants += [(f"{n} step" + "s" * (n > 1), ask(own, True, n)[0]) for n in (1, 2, FEW_STEPS, 20) if n < ddim_steps]
+        draws = ask(own.expand(4, -1, -1), True, few, seed=pair.seed + 1)[1]
+        spread_mm = draws.var(0).sum(0).sqrt()[torch.from_numpy(pair.mask.values)]
+        rows.append(dict(metric="sample_spread", unit="mm", detail=f"{MASK}, 4 draws{said}", value=float(spread_mm.mean())))
     else:
         variants.append(("z = 0" if sampled else "z ~ N(0, I)", ask(own, not sampled)[0]))
     rows += [dict(metric="masked_mse", unit="1", detail=f"{MASK}, {text}", value=error(w)) for text, w in variants]
@@ -142,10 +147,10 @@ def field_rows(name: str, field: xr.DataArray, pair: Pair) -> list[dict]:
 
 
 def evaluate_patient(patient: ThoraxPatient, models: dict[str, object], population, n_pairs: int, *, device: str = "cpu",
-                     ddim_steps: int = 50) -> pd.DataFrame:
+                     ddim_steps: dict[str, int]) -> pd.DataFrame:
     """Rows model, metric, unit, detail, value, sd, count: means over `n_pairs` pairs of one test patient.
 
-    `models`: name -> CVAE or BreathingPipeline. `population`: (alpha_mm, beta_mm) of the mean training patient."""
+    `models`: name -> CVAE or BreathingPipeline. `ddim_steps`: of each that diffuses. `population`: (alpha_mm, beta_mm) of the mean training patient."""
     pairs = [make_pair(patient, *numbers) for numbers in draw_pairs(patient, n_pairs)]
     rows = []
     for pair in pairs:
@@ -155,7 +160,7 @@ def evaluate_patient(patient: ThoraxPatient, models: dict[str, object], populati
     for name, model in models.items():
         model_rows(name, model, pairs[0], device=device, ddim_steps=1)  # the first call pays for set-up
         for pair in pairs:
-            rows += model_rows(name, model, pair, device=device, ddim_steps=ddim_steps)
+            rows += model_rows(name, model, pair, device=device, ddim_steps=ddim_steps.get(name, 1))
     return _means(rows)
 
 

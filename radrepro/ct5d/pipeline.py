@@ -3,7 +3,7 @@
 # %% ../../nbs/ct5d/64_pipeline.ipynb #ce42a299
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -19,25 +19,23 @@ from .cvae import integrate
 from .unet import PseudoUNet, TraceEncoder
 
 # %% auto #0
-__all__ = ['VARIANTS', 'Variant', 'slice_features', 'VelocityHead', 'ddim', 'Imagined', 'BreathingPipeline']
+__all__ = ['EXTENSION', 'VARIANTS', 'Variant', 'slice_features', 'VelocityHead', 'ddim', 'Imagined', 'BreathingPipeline']
 
 # %% ../../nbs/ct5d/64_pipeline.ipynb #ae2c0c60
 @dataclass(frozen=True)
 class Variant:
-    """What is diffused, and what the U-Net is told. `free_channels`: outputs beside the clean latent that no noise is added to."""
+    """What is diffused, what the U-Net is told, and when it is trained. `free_channels`: outputs beside the clean latent that no noise is
+    added to. `late`: draw training's timesteps mostly where the noise is strong, not uniformly."""
 
     residual: bool = False
     aligned_trace: bool = False
     free_channels: int = 0
+    late: bool = False
 
 
-VARIANTS = {
-    "paper": Variant(),
-    "extension": Variant(residual=True, aligned_trace=True, free_channels=8),
-    "whole_latent": Variant(residual=False, aligned_trace=True, free_channels=8),  # the extension without one of its parts each
-    "unaligned": Variant(residual=True, aligned_trace=False, free_channels=8),
-    "noised": Variant(residual=True, aligned_trace=True, free_channels=0),
-}
+EXTENSION = Variant(residual=True, aligned_trace=True, free_channels=8, late=True)
+VARIANTS = {"paper": Variant(), "extension": EXTENSION, "whole_latent": replace(EXTENSION, residual=False), "unaligned": replace(EXTENSION, aligned_trace=False),
+            "noised": replace(EXTENSION, free_channels=0), "uniform": replace(EXTENSION, late=False)}
 
 
 def slice_features(trace_moving: torch.Tensor, trace_fixed: torch.Tensor, depth: int) -> torch.Tensor:

@@ -23,7 +23,7 @@ from ..metrics.motion import folding_count, tre_mm
 
 # %% auto #0
 __all__ = ['Phase', 'surrogate', 'read_phases', 'lungs_in_crop', 'leave_one_phase_out', 'landmark_tre', 'landmark_table',
-           'find_phases']
+           'find_phases', 'real_motion']
 
 # %% ../../nbs/ct5d/67_real_motion.ipynb #91f89aea
 class Phase(NamedTuple):
@@ -147,3 +147,21 @@ def find_phases(data_dir: str | Path) -> list[Path]:
     if not data_dir.is_dir():
         raise FileNotFoundError(f"expected a data folder at {data_dir.name}, found none: set data_dir or RADREPRO_DATA")
     return sorted(p for p in data_dir.glob("lung4d_*") if (p / "phases.json").exists())
+
+
+def real_motion(data_dir: str | Path) -> pd.DataFrame:
+    """Rows patient (a number), model, metric, unit, detail, value, sd, count of what is really known to have moved: phases left out, and landmarks.
+
+    Means over the phases of a folder; `tre` of every second landmark before (none) and after (landmarks) the field that the others make."""
+    rows = []
+    for number, folder in enumerate(find_phases(data_dir), 1):
+        left = leave_one_phase_out(read_phases(folder))
+        for (model, metric), values in left.melt(["phase", "reference", "model"], var_name="metric").groupby(["model", "metric"], sort=False).value:
+            unit = {"rmse_hu": "HU", "mean_mm": "mm", "foldings": "voxels"}[metric]
+            rows.append(dict(patient=number, model=model, metric=metric.split("_")[0], unit=unit, detail="a phase left out, lung + 10 mm",
+                             value=values.mean(), sd=values.std(), count=len(values)))
+    if list(Path(data_dir).glob("lung_landmarks_*")):
+        for number, case in enumerate(landmark_table(data_dir).itertuples(), 1):
+            rows += [dict(patient=number, model=model, metric="tre", unit="mm", detail="every second landmark", value=value, sd=np.nan, count=case.landmarks)
+                     for model, value in (("none", case.before_mm), ("landmarks", case.after_mm))]
+    return pd.DataFrame(rows)

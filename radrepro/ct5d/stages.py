@@ -3,19 +3,21 @@
 # %% ../../nbs/ct5d/68_stages.ipynb #37875a59
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from ..core.volume import read_zarr
 from .cvae import load
-from .evaluate import classical_patient, evaluate_patient
+from .evaluate import FEW_STEPS, classical_patient, evaluate_patient
 from .fit import train_cvae, write_population, write_scans
-from ..data.cohorts import ThoraxCase, thorax_cases
-from ..train.presets import Preset, get_preset
+from .real_motion import find_phases, real_motion
+from ..data.cohorts import ThoraxCase, find_data_dir, fingerprint, thorax_cases
+from ..train.presets import CT5DPreset, Preset, get_preset
 from ..train.runs import Task, run_stage
 
 # %% auto #0
-__all__ = ['MODELS', 'read_model', 'tasks']
+__all__ = ['MODELS', 'read_model', 'models', 'tasks', 'trained_models']
 
 # %% ../../nbs/ct5d/68_stages.ipynb #0f0757f7
 _PACKAGES = ("core", "data", "metrics", "train", "ct5d")
@@ -32,12 +34,13 @@ def _scans_task(case: ThoraxCase, preset_name: str, out_dir: str, *, report) -> 
     return str(_scan_folder(case, get_preset(preset_name), out_dir))
 
 
-def _model_key(preset: Preset, cases: list[ThoraxCase]) -> dict:
-    return {"preset": asdict(preset.ct5d), "train": [c.key() for c in cases]}
+def _model_key(preset: Preset, cases: list[ThoraxCase], *, diffusion: bool) -> dict:
+    fields = {k: v for k, v in asdict(preset.ct5d).items() if diffusion or k != "diffusion"}
+    return {"preset": fields, "train": [c.key() for c in cases]}
 
 
 def _population_folder(preset: Preset, train: list[ThoraxCase], out_dir: str) -> Path:
-    return run_stage(out_dir, "ct5d/population", _model_key(preset, train),
+    return run_stage(out_dir, "ct5d/population", _model_key(preset, train, diffusion=False),
                      lambda f: write_population([_scan_folder(c, preset, out_dir) for c in train], f), packages=("core", "data", "ct5d"))
 
 
@@ -45,15 +48,28 @@ def _population_task(train: list[ThoraxCase], preset_name: str, out_dir: str, *,
     return str(_population_folder(get_preset(preset_name), train, out_dir))
 
 
-def _model_folder(name: str, train: list[ThoraxCase], preset: Preset, seed: int, out_dir: str, device: str, report) -> Path:
-    """Where the trained model `name` (of `MODELS`) lies."""
+def _model_folder(name: str, train: list[ThoraxCase], preset: Preset, seed: int, out_dir: str, device: str, report: Callable) -> Path:
+    """Where the trained model `name` lies: one of `models`, or the autoencoder with the latents of all training scans."""
     folders = [_scan_folder(c, preset, out_dir) for c in train]
     how = dict(seed=seed, device=device, report=lambda f: report(f, "training"))
 
     def make(folder: Path) -> None:
-        train_cvae(name.removeprefix("cvae_"), preset.ct5d, folders, folder, **how)
+        if name.startswith("cvae_"):
+            train_cvae(name.removeprefix("cvae_"), preset.ct5d, folders, folder, **how)
+            return
+        from radrepro.ct5d.autoencoder import CTAutoencoder
+        from radrepro.ct5d.fit_diffusion import train_autoencoder, train_ldm, write_latents
 
-    key = _model_key(preset, train) | {"model": name, "seed": seed, "device": device}
+        if name == "autoencoder":
+            train_autoencoder(preset.ct5d, folders, folder, **how)
+            write_latents(CTAutoencoder.from_pretrained(folder / "autoencoder"), folders, folder)
+            return
+        variant, steps = models(preset.ct5d)[name]
+        encoded = _model_folder("autoencoder", train, preset, seed, out_dir, device, report)
+        size = replace(preset.ct5d, diffusion=replace(preset.ct5d.diffusion, steps=steps))
+        train_ldm(variant, size, folders, encoded, encoded, folder, **how)
+
+    key = _model_key(preset, train, diffusion=not name.startswith("cvae_")) | {"model": name, "seed": seed, "device": device}
     return run_stage(out_dir, "ct5d/models", key, make, packages=_PACKAGES)
 
 
@@ -62,8 +78,14 @@ def _train_task(name: str, train: list[ThoraxCase], preset_name: str, seed: int,
 
 
 def read_model(folder: Path, device: str):
-    """The trained cVAE of that stage's folder."""
-    return load(folder / "cvae.safetensors").to(device).eval()
+    """The trained CVAE or BreathingPipeline of that stage's folder."""
+    if (folder / "cvae.safetensors").exists():
+        return load(folder / "cvae.safetensors").to(device).eval()
+    from radrepro.ct5d.pipeline import BreathingPipeline
+
+    pipe = BreathingPipeline.from_pretrained(folder / "pipeline").to(device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 # %% ../../nbs/ct5d/68_stages.ipynb #a928462e
 def _test_task(case: ThoraxCase, names: tuple[str, ...], train: list[ThoraxCase], preset_name: str, seed: int, out_dir: str, device: str, *,
@@ -72,14 +94,15 @@ def _test_task(case: ThoraxCase, names: tuple[str, ...], train: list[ThoraxCase]
 
     def make(folder: Path) -> None:
         report(0.1, "measuring")
-        models = {n: read_model(_model_folder(n, train, preset, seed, out_dir, device, report), device) for n in names}
+        trained = {n: read_model(_model_folder(n, train, preset, seed, out_dir, device, report), device) for n in names}
         mean = _population_folder(preset, train, out_dir)
         population = read_zarr(mean / "alpha.zarr"), read_zarr(mean / "beta.zarr")
         patient = case.load(preset.ct5d.shape, preset.ct5d.voxel_mm, preset.ct5d.scans)
-        table = evaluate_patient(patient, models, population, preset.ct5d.test_pairs, device=device, ddim_steps=preset.ct5d.diffusion.ddim_steps)
+        steps = {n: preset.ct5d.diffusion.ddim_steps if n in MODELS else FEW_STEPS for n in names}
+        table = evaluate_patient(patient, trained, population, preset.ct5d.test_pairs, device=device, ddim_steps=steps)
         table.assign(paper="B", table=1, patient=case.number, seed=seed).to_csv(folder / "values.csv", index=False)
 
-    key = _model_key(preset, train) | {"case": case.key(), "models": names, "seed": seed, "device": device}
+    key = _model_key(preset, train, diffusion=True) | {"case": case.key(), "models": names, "seed": seed, "device": device}
     return str(run_stage(out_dir, "ct5d/patient", key, make, packages=_PACKAGES) / "values.csv")
 
 # %% ../../nbs/ct5d/68_stages.ipynb #50ec69c5
@@ -94,8 +117,26 @@ def _classical_task(case: ThoraxCase, preset_name: str, seed: int, out_dir: str,
     size = {k: asdict(preset.ct5d)[k] for k in ("shape", "voxel_mm", "scans", "test_pairs")}
     return str(run_stage(out_dir, "ct5d/classical", {"case": case.key(), "seed": seed} | size, make, packages=("core", "data", "metrics", "ct5d")) / "values.csv")
 
+# %% ../../nbs/ct5d/68_stages.ipynb #rea1m0t1
+def _real_motion_task(data_dir: str, out_dir: str, *, report) -> str:
+    def make(folder: Path) -> None:
+        report(0.1, "registering")
+        table = real_motion(data_dir).assign(paper="B", table=3, seed=0, cohort="real")
+        table.to_csv(folder / "values.csv", index=False)
+
+    shown = [str(p) for p in (*find_phases(data_dir), *sorted(Path(data_dir).glob("lung_landmarks_*")))]
+    return str(run_stage(out_dir, "ct5d/real_motion", {"content": fingerprint(*shown)}, make, packages=("core", "data", "metrics", "ct5d")) / "values.csv")
+
 # %% ../../nbs/ct5d/68_stages.ipynb #b99ca6e3
-MODELS = ("cvae_slice", "cvae_global")
+MODELS = ("cvae_slice", "cvae_global", "ldm_extension", "ldm_paper")
+
+
+def models(plan: CT5DPreset) -> dict[str, tuple[str, int]]:
+    """name -> (variant, training steps) of every model of that preset: `MODELS`, and where `ablation_steps` says so the diffusion model
+    after that many steps, whole and without one of its parts each."""
+    found = {n: (n.split("_", 1)[1], plan.steps if n.startswith("cvae") else plan.diffusion.steps) for n in MODELS}
+    short = {"ldm_short": "extension"} | {f"ldm_short_{v}": v for v in ("whole_latent", "unaligned", "noised", "uniform")}
+    return found | {n: (v, plan.diffusion.ablation_steps) for n, v in short.items() if plan.diffusion.ablation_steps}
 
 
 def tasks(preset: Preset, cohort: str, data_dir: str, out_dir: str, device: str, seeds: list[int]) -> list[Task]:
@@ -107,14 +148,25 @@ def tasks(preset: Preset, cohort: str, data_dir: str, out_dir: str, device: str,
     made = tuple(t.name for t in scans)
     found = scans + [Task("B: mean patient", _population_task, (train, preset.name, str(out_dir)), cost=2.0, after=made)]
     tested = [c for c in cases if c.split == "test"]
-    seconds = {n: 0.33 * plan.steps for n in MODELS}
+    seconds = {"autoencoder": 0.4 * plan.diffusion.autoencoder_steps} | {
+        n: (0.33 if n.startswith("cvae") else 0.6) * steps for n, (_, steps) in models(plan).items()}
     for seed in seeds:
         text = f", seed {seed}" if len(seeds) > 1 else ""
         title = {n: f"B: {n}{text}" for n in seconds}
         trainings = [Task(title[n], _train_task, (n, train, preset.name, seed, str(out_dir), device), cost=cost,
-                          after=made) for n, cost in seconds.items()]
-        tests = [Task(f"B: patient {c.number}{text}", _test_task, (c, MODELS, train, preset.name, seed, str(out_dir), device), cost=12.0 * plan.test_pairs,
-                      after=("B: mean patient", *title.values())) for c in tested]
+                          after=made + ((title["autoencoder"],) if n.startswith("ldm") else ())) for n, cost in seconds.items()]
+        tests = [Task(f"B: patient {c.number}{text}", _test_task, (c, tuple(models(plan)), train, preset.name, seed, str(out_dir), device),
+                      cost=12.0 * plan.test_pairs, after=("B: mean patient", *title.values())) for c in tested]
         found += trainings + tests
-    return found + [Task(f"B: registrations, patient {c.number}", _classical_task, (c, preset.name, seeds[0], str(out_dir)),
-                         cost=2.0 + 1.2 * plan.scans) for c in tested]
+    real = [Task("B: real phases", _real_motion_task, (str(find_data_dir(data_dir)), str(out_dir)), cost=120.0)] if cohort == "real" else []
+    return found + real + [Task(f"B: registrations, patient {c.number}", _classical_task, (c, preset.name, seeds[0], str(out_dir)),
+                                cost=2.0 + 1.2 * plan.scans) for c in tested]
+
+
+def trained_models(preset: str, *, cohort: str, data_dir: str, out_dir: str, device: str, seed: int = 0) -> dict[str, object]:
+    """`MODELS` by name, each a CVAE or a BreathingPipeline on `device`, as `tasks` trained them; what is missing is trained."""
+    size = get_preset(preset)
+    plan = size.ct5d
+    cases = thorax_cases(cohort, train=plan.train_patients, validation=plan.validation_patients, test=plan.test_patients, data_dir=data_dir)
+    train = [c for c in cases if c.split == "train"]
+    return {n: read_model(_model_folder(n, train, size, seed, str(out_dir), device, lambda fraction, text="": None), device) for n in MODELS}

@@ -11,7 +11,8 @@ from pathlib import Path
 KINDS = ("phantom", "real", "clinical")
 
 # %% auto #0
-__all__ = ['KINDS', 'LONGEST_RUN_S', 'find_data_dir', 'HeadNeckCase', 'headneck_cases', 'ThoraxCase', 'thorax_cases']
+__all__ = ['KINDS', 'LONGEST_RUN_S', 'find_data_dir', 'fingerprint', 'HeadNeckCase', 'headneck_cases', 'ThoraxCase',
+           'thorax_cases']
 
 # %% ../../nbs/data/14_cohorts.ipynb #fe201437
 def find_data_dir(data_dir: str | Path = "") -> Path:
@@ -35,7 +36,7 @@ def _check_kind(kind: str) -> None:
         raise ValueError(f"expected cohort to be one of {KINDS}, got {kind!r}: pass -p cohort phantom")
 
 
-def _fingerprint(*paths: str) -> str:
+def fingerprint(*paths: str) -> str:
     """SHA-256 (12 hex digits) over the files at, or in, `paths`: what a real case's numbers depend on."""
     digest = hashlib.sha256()
     for given in filter(None, paths):
@@ -56,7 +57,7 @@ class HeadNeckCase:
     def key(self) -> dict:
         """What changes this patient's numbers, for a stage's key: the CT's content for a real one."""
         return {"number": self.number, "kind": self.kind, "seed": self.seed} | (
-            {"content": _fingerprint(self.folder)} if self.folder else {})
+            {"content": fingerprint(self.folder)} if self.folder else {})
 
     def load(self, voxel_mm: int):
         """The `radrepro.data.headneck.Patient` on the paper's grid divided by `voxel_mm`."""
@@ -93,7 +94,7 @@ class ThoraxCase:
     def key(self) -> dict:
         """What changes this patient's numbers, for a stage's key."""
         return {"number": self.number, "kind": self.kind, "seed": self.seed} | (
-            {"content": _fingerprint(self.folder, self.landmarks, self.trace)} if self.folder else {})
+            {"content": fingerprint(self.folder, self.landmarks, self.trace)} if self.folder else {})
 
     def load(self, shape: tuple[int, int, int], voxel_mm: tuple[float, float, float], scans: int):
         """The `radrepro.data.thorax.ThoraxPatient` with `scans` free-breathing scans on a grid of `shape` (z, y, x)."""

@@ -11,7 +11,7 @@ import pandas as pd
 from .claims import COLUMNS
 
 # %% auto #0
-__all__ = ['VERDICTS', 'write_tables', 'write_headline', 'show', 'show_means', 'show_patients']
+__all__ = ['VERDICTS', 'RUNGS', 'write_tables', 'write_headline', 'show', 'show_means', 'show_patients', 'ladder']
 
 # %% ../../nbs/report/71_tables.ipynb #5f23a733
 def write_tables(rows: pd.DataFrame, out_dir: Path | str, summary: dict) -> list[Path]:
@@ -87,3 +87,29 @@ def show_patients(rows: pd.DataFrame, title: str, *, digits: int = 1):
     return (table.style.format(f"{{:.{digits}f}}", na_rep="")
             .set_caption(f"{title} · {rows.metric.iloc[0]} [{unit}], {detail} · n = {int(wide.index.str.isdigit().sum())} patients · {_run_of(rows)}")
             .set_table_styles(_LOOK))
+
+# %% ../../nbs/report/71_tables.ipynb #7cba9292
+RUNGS = ("none", "population", "cvae_global", "cvae_slice", "ldm_paper", "ldm_extension", "linear5d", "registration", "truth")
+
+
+def ladder(rows: pd.DataFrame) -> pd.DataFrame:
+    """Paper B's models, `RUNGS` from nothing to the truth, by what they reach in the mean of the patients and what they need for it.
+
+    Columns: masked_mse; reduction_percent against none; below_last: whether masked_mse is below the rung before (None for the first); tre_mm;
+    dice (mean of the buckets); seconds a scan; scans of the patient that it is given, the moving one included. NaN: not measured."""
+    means = rows[(rows.paper == "B") & (rows.table == 1) & (rows.patient == "mean")]
+
+    def of(model: str, metric: str, detail: str = "") -> float:
+        part = means[(means.model == model) & (means.metric == metric) & means.detail.str.fullmatch(detail or ".*", case=True)]
+        return part.ours.mean() if len(part) else float("nan")
+
+    lines = []
+    for model in [m for m in RUNGS if (means.model == m).any()]:
+        known = {"registration": 2.0, "linear5d": 1.0 + of("linear5d", "scans"), "truth": float("nan")}
+        lines.append(dict(model=model, masked_mse=of(model, "masked_mse", r"lung \+ 10 mm"), tre_mm=of(model, "tre"), dice=of(model, "dice"),
+                          seconds=of(model, "seconds", "a scan"), scans=known.get(model, 1.0)))
+    found = pd.DataFrame(lines).set_index("model")
+    before = found.masked_mse.shift()
+    found.insert(1, "reduction_percent", 100 * (1 - found.masked_mse / found.masked_mse.get("none", float("nan"))))
+    found.insert(2, "below_last", [None if pd.isna(b) else bool(a < b) for a, b in zip(found.masked_mse, before)])
+    return found

@@ -100,7 +100,7 @@ def fit(model: torch.nn.Module, loss_of: Callable, schedule: Schedule, *, seed: 
     slower = [p for name, p in learning.items() if prefix and name.startswith(prefix)]
     usual = [p for name, p in learning.items() if not (prefix and name.startswith(prefix))]
     optimiser = torch.optim.AdamW([{"params": usual, "share": 1.0}] + ([{"params": slower, "share": factor}] if slower else []),
-                                  lr=schedule.learning_rate, betas=(0.9, 0.999), weight_decay=schedule.weight_decay)
+                                  lr=schedule.learning_rate, betas=(0.9, 0.999), weight_decay=schedule.weight_decay, fused=True)
     model.to(accelerator.device)
     averaged = None
     if schedule.average:

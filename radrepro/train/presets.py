@@ -56,7 +56,8 @@ class DiffusionFit:
 
     `level_strides`: strides (z, y, x) of the autoencoder's levels; `channels`: its features per level; `up_levels`: how much of its
     decoder lies below the velocity head. `block_channels`, `heads`: the U-Net's features per level, and its attentions' heads. `rate`: AdamW's peak, cosine to a
-    hundredth. `average`: decay of the moving average of the weights. `ddim_steps`: of the reported predictions."""
+    hundredth. `average`: decay of the moving average of the weights. `ddim_steps`: of the reported predictions.
+    `ablation_steps`: of a shorter training of the extension, whole and without one of its parts each; 0: none."""
 
     autoencoder_steps: int
     steps: int
@@ -71,6 +72,7 @@ class DiffusionFit:
     rate: float = 1e-3
     average: float = 0.99
     ddim_steps: int = 50
+    ablation_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -117,10 +119,10 @@ PRESETS: dict[str, Preset] = {p.name: p for p in (
     Preset("laptop", "13",
            KV2CTPreset(4, 10, ViTFit(14, (64,), (64,), 160), ViTFit(18, (64,), (64,), 220), literal_patients=1, test_shifts=3, test_poses=1,
                        virtual_days=10, spot_mm=10.0, plan_iterations=60, every_baseline=False),
-           CT5DPreset((56, 64, 64), (5.7, 5.0, 5.6), 16, 2, 10, 8, 130, 2, DiffusionFit(100, 100))),
+           CT5DPreset((56, 64, 64), (5.7, 5.0, 5.6), 16, 2, 10, 8, 130, 2, DiffusionFit(60, 100, rate=2e-3, ddim_steps=10))),
     Preset("workstation", "60",
            KV2CTPreset(4, 10, ViTFit(14, (128,), (128,), 600), ViTFit(18, (64,), (64,), 1200), literal_patients=2),
-           CT5DPreset((56, 64, 64), (5.7, 5.0, 5.6), 36, 4, 10, 25, 900, 4, DiffusionFit(400, 400))),
+           CT5DPreset((56, 64, 64), (5.7, 5.0, 5.6), 36, 4, 10, 25, 900, 4, DiffusionFit(400, 600, rate=2e-3, ablation_steps=300))),
     Preset("h200", "25 on one H200",
            KV2CTPreset(2, 10, ViTFit(3, **_PAPER, steps=4000, batch=64), ViTFit(7, **_PAPER, steps=3000, batch=48),
                        literal_patients=1, virtual_days=128),

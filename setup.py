@@ -19,10 +19,11 @@ setup(
     # The manifests (published numbers, data sets) live at the top of the repository and travel inside the wheel.
     packages=find_packages(include=["radrepro", "radrepro.*"]) + ["radrepro.data_manifests"],
     package_dir={"radrepro.data_manifests": "data_manifests"},
-    package_data={"radrepro.data_manifests": ["*.csv", "*.yml"]},
+    package_data={"radrepro.data_manifests": ["*.csv", "*.toml"]},
     include_package_data=True,
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split(), "dose": cfg["dose_requirements"].split()},
+    extras_require={"dev": cfg["dev_requirements"].split(), "dose": cfg["dose_requirements"].split(),
+                    "data": cfg["data_requirements"].split()},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",

@@ -17,13 +17,14 @@ from ..train.presets import CT5DPreset, Preset, get_preset
 from ..train.runs import Task, run_stage
 
 # %% auto #0
-__all__ = ['MODELS', 'read_model', 'models', 'tasks', 'trained_models']
+__all__ = ['MODELS', 'scan_folder', 'read_model', 'models', 'tasks', 'trained_models']
 
 # %% ../../nbs/ct5d/68_stages.ipynb #0f0757f7
 _PACKAGES = ("core", "data", "metrics", "train", "ct5d")
 
 
-def _scan_folder(case: ThoraxCase, preset: Preset, out_dir: str) -> Path:
+def scan_folder(case: ThoraxCase, preset: Preset, out_dir: str) -> Path:
+    """Where the scans of a training patient lie, as `radrepro.ct5d.fit.write_scans` wrote them."""
     size = {k: asdict(preset.ct5d)[k] for k in ("shape", "voxel_mm", "scans")}
     return run_stage(out_dir, "ct5d/scans", {"case": case.key()} | size, lambda f: write_scans(case, preset.ct5d, f),
                      packages=("core", "data", "ct5d"))
@@ -31,7 +32,7 @@ def _scan_folder(case: ThoraxCase, preset: Preset, out_dir: str) -> Path:
 
 def _scans_task(case: ThoraxCase, preset_name: str, out_dir: str, *, report) -> str:
     report(0.0, "scans")
-    return str(_scan_folder(case, get_preset(preset_name), out_dir))
+    return str(scan_folder(case, get_preset(preset_name), out_dir))
 
 
 def _model_key(preset: Preset, cases: list[ThoraxCase], *, diffusion: bool) -> dict:
@@ -41,7 +42,7 @@ def _model_key(preset: Preset, cases: list[ThoraxCase], *, diffusion: bool) -> d
 
 def _population_folder(preset: Preset, train: list[ThoraxCase], out_dir: str) -> Path:
     return run_stage(out_dir, "ct5d/population", _model_key(preset, train, diffusion=False),
-                     lambda f: write_population([_scan_folder(c, preset, out_dir) for c in train], f), packages=("core", "data", "ct5d"))
+                     lambda f: write_population([scan_folder(c, preset, out_dir) for c in train], f), packages=("core", "data", "ct5d"))
 
 
 def _population_task(train: list[ThoraxCase], preset_name: str, out_dir: str, *, report) -> str:
@@ -50,7 +51,7 @@ def _population_task(train: list[ThoraxCase], preset_name: str, out_dir: str, *,
 
 def _model_folder(name: str, train: list[ThoraxCase], preset: Preset, seed: int, out_dir: str, device: str, report: Callable) -> Path:
     """Where the trained model `name` lies: one of `models`, or the autoencoder with the latents of all training scans."""
-    folders = [_scan_folder(c, preset, out_dir) for c in train]
+    folders = [scan_folder(c, preset, out_dir) for c in train]
     how = dict(seed=seed, device=device, report=lambda f: report(f, "training"))
 
     def make(folder: Path) -> None:

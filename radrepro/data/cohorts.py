@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 KINDS = ("phantom", "real", "clinical")
@@ -60,12 +61,17 @@ class HeadNeckCase:
             {"content": fingerprint(self.folder)} if self.folder else {})
 
     def load(self, voxel_mm: int):
-        """The `radrepro.data.headneck.Patient` on the paper's grid divided by `voxel_mm`."""
-        from radrepro.data.headneck import phantom_patient, real_patient
+        """The `radrepro.data.headneck.Patient` on the paper's grid divided by `voxel_mm`; the last one is kept, so change nothing in it."""
+        return _load_headneck(self, str(self.key()), voxel_mm)
 
-        if self.folder:
-            return real_patient(Path(self.folder), self.number, voxel_mm=voxel_mm, seed=self.seed)
-        return phantom_patient(self.number, voxel_mm=voxel_mm, seed=self.seed)
+
+@lru_cache(maxsize=1)  # a patient's tasks run one after the other in a process, and drawing takes seconds
+def _load_headneck(case: HeadNeckCase, key: str, voxel_mm: int):
+    from radrepro.data.headneck import phantom_patient, real_patient
+
+    if case.folder:
+        return real_patient(Path(case.folder), case.number, voxel_mm=voxel_mm, seed=case.seed)
+    return phantom_patient(case.number, voxel_mm=voxel_mm, seed=case.seed)
 
 
 def headneck_cases(kind: str, n: int, *, data_dir: str | Path = "", seed: int = 0) -> list[HeadNeckCase]:

@@ -3,14 +3,18 @@
 # %% ../../nbs/data/10_manifests.ipynb #d7d3ee9d
 from __future__ import annotations
 
+import re
+import tomllib
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pandas as pd
 
 import radrepro
+from .manifests_files import check_relative, read_table
 
 # %% auto #0
-__all__ = ['manifests_dir', 'read_claims']
+__all__ = ['manifests_dir', 'read_claims', 'Manifest', 'load_manifest', 'manifest_names', 'read_manifest']
 
 # %% ../../nbs/data/10_manifests.ipynb #4348acf2
 def manifests_dir() -> Path:
@@ -32,3 +36,91 @@ def read_claims(name: str) -> pd.DataFrame:
         known = sorted(p.stem.removeprefix("claims_") for p in manifests_dir().glob("claims_*.csv"))
         raise ValueError(f"expected one of {known}, got {name!r}: choose a table that is there")
     return pd.read_csv(path)
+
+# %% ../../nbs/data/10_manifests.ipynb #2b43e158
+_COLUMNS = {"idc": ["patient", "study_uid", "series_uid", "crdc_series_uuid", "modality", "part", "files", "bytes"],
+            "git": ["patient", "path", "git_blob_sha1"], "tcia": [], "request": []}
+_UID = r"(?=.{1,64}$)(0|[1-9]\d*)(\.(0|[1-9]\d*))+"
+_PATTERNS = {"patient": r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", "study_uid": _UID, "series_uid": _UID, "modality": r"[A-Z]{2,16}",
+             "crdc_series_uuid": r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "part": r"[A-Za-z0-9 ,%-]{1,64}", "files": r"[1-9]\d{0,6}",
+             "bytes": r"[1-9]\d{0,11}", "git_blob_sha1": r"[0-9a-f]{40}", "path": r".+"}
+_MAY_BE_EMPTY = {"collection", "licence_url", "version", "checked", "unverified"}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A public data set: `source` is `idc`, `git`, `tcia` or `request`; `collection` its name there; `rows` its series or files.
+
+    `checked` and `unverified` say what was compared with what, and what was not; `paper` and `role` what it is good for here."""
+
+    name: str
+    title: str
+    source: str
+    collection: str
+    doi: str
+    licence: str
+    licence_url: str
+    licence_text: str
+    citation: str
+    version: str
+    checked: str
+    unverified: str
+    paper: str
+    role: str
+    access: str
+    rows: pd.DataFrame
+
+    @property
+    def landing(self) -> str:
+        """The page where a person gets the data or reads about them."""
+        return f"https://doi.org/{self.doi}"
+
+
+def _read_rows(path: Path, source: str) -> pd.DataFrame:
+    columns = _COLUMNS[source]
+    if not path.exists() and source != "idc":
+        return pd.DataFrame(columns=columns)
+    rows = read_table(path, columns, max_bytes=20_000_000, max_rows=50_000)
+    for column in columns:
+        if len(wrong := rows[~rows[column].str.fullmatch(_PATTERNS[column])]):
+            raise ValueError(f"expected {column} as {_PATTERNS[column]}, got {wrong[column].iloc[0][:80]!r} in {path.name}: do not use it")
+    for place in rows.get("path", []):
+        check_relative(place)
+    if source == "idc" and not rows.series_uid.is_unique:
+        raise ValueError(f"expected each series once, got one twice in {path.name}: do not use it")
+    return rows.astype({c: "int64" for c in ("files", "bytes") if c in columns})
+
+
+def load_manifest(path: Path) -> Manifest:
+    """A set described by the file `path` (`NAME.toml`, with `NAME.csv` beside it); nothing in it is trusted.
+
+    Raises ValueError for what is too long, nested, incomplete, or has a row that is not of the expected form."""
+    path = Path(path)
+    if path.is_symlink() or not path.is_file() or path.stat().st_size > 64_000:
+        raise ValueError(f"expected a file of at most 64,000 bytes, got none, a longer one or a link at {path.name}: do not use it")
+    try:
+        text = path.read_text(encoding="utf-8")
+        if not re.fullmatch(r'([a-z_]{1,20} = "[^\n]*"\n+)*', text):  # 20,000 nested keys keep tomllib busy for ten seconds
+            raise ValueError(f"expected lines of key = \"text\", got something else in {path.name}: do not use it")
+        found = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise ValueError(f"expected TOML in UTF-8, got something else in {path.name}: do not use it") from e
+    wanted = {f.name for f in fields(Manifest)} - {"name", "rows"}
+    if set(found) != wanted or not all(isinstance(v, str) and (v.strip() or k in _MAY_BE_EMPTY) for k, v in found.items()):
+        raise ValueError(f"expected a text for each of {sorted(wanted)} and nothing else, got otherwise in {path.name}: do not use it")
+    if found["source"] not in _COLUMNS or not re.fullmatch(r"10\.\d{4,9}/[!-~]{1,100}", found["doi"]):
+        raise ValueError(f"expected a source of {sorted(_COLUMNS)} and a DOI, got {found['source'][:80]!r}, {found['doi'][:80]!r}: "
+                         "do not use it")
+    return Manifest(name=path.stem, rows=_read_rows(path.with_suffix(".csv"), found["source"]), **found)
+
+
+def manifest_names() -> list[str]:
+    """Names of the public data sets that are described in `data_manifests/`."""
+    return sorted(p.stem for p in manifests_dir().glob("*.toml"))
+
+
+def read_manifest(name: str) -> Manifest:
+    """The public data set `name`. Raises ValueError with the names that exist."""
+    if name not in manifest_names():
+        raise ValueError(f"expected one of {manifest_names()}, got {name!r}: choose a set that is described")
+    return load_manifest(manifests_dir() / f"{name}.toml")

@@ -77,7 +77,8 @@ class DiffusionFit:
 
 @dataclass(frozen=True)
 class CT5DPreset:
-    """Paper B: grid (z, y, x), patients per split, scans per patient, and the training of both cVAEs and of the diffusion model."""
+    """Paper B: grid (z, y, x), patients per split, scans per patient, and the training of both cVAEs and of the diffusion model.
+    `studies`: whether the variants of `radrepro.ct5d.studies` are trained too."""
 
     shape: tuple[int, int, int]
     voxel_mm: tuple[float, float, float]
@@ -93,6 +94,7 @@ class CT5DPreset:
     warmup_steps: int = 20
     kl_weight: float = 1e-4
     precision: str = "no"
+    studies: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,10 +121,10 @@ PRESETS: dict[str, Preset] = {p.name: p for p in (
     Preset("laptop", "13",
            KV2CTPreset(4, 10, ViTFit(14, (64,), (64,), 160), ViTFit(18, (64,), (64,), 220), literal_patients=1, test_shifts=3, test_poses=1,
                        virtual_days=10, spot_mm=10.0, plan_iterations=60, every_baseline=False),
-           CT5DPreset((56, 64, 64), (5.7, 5.0, 5.6), 16, 2, 10, 8, 130, 2, DiffusionFit(60, 100, rate=2e-3, ddim_steps=10))),
+           CT5DPreset((56, 64, 64), (5.7, 5.0, 5.6), 16, 2, 10, 8, 130, 1, DiffusionFit(60, 100, rate=2e-3, ddim_steps=10))),
     Preset("workstation", "60",
            KV2CTPreset(4, 10, ViTFit(14, (128,), (128,), 600), ViTFit(18, (64,), (64,), 1200), literal_patients=2),
-           CT5DPreset((56, 64, 64), (5.7, 5.0, 5.6), 36, 4, 10, 25, 900, 4, DiffusionFit(400, 600, rate=2e-3, ablation_steps=300))),
+           CT5DPreset((56, 64, 64), (5.7, 5.0, 5.6), 36, 4, 10, 25, 900, 4, DiffusionFit(400, 600, rate=2e-3, ablation_steps=300), studies=True)),
     Preset("h200", "25 on one H200",
            KV2CTPreset(2, 10, ViTFit(3, **_PAPER, steps=4000, batch=64), ViTFit(7, **_PAPER, steps=3000, batch=48),
                        literal_patients=1, virtual_days=128),

@@ -97,7 +97,8 @@ def ladder(rows: pd.DataFrame) -> pd.DataFrame:
 
     Columns: masked_mse; reduction_percent against none; below_last: whether masked_mse is below the rung before (None for the first); tre_mm;
     dice (mean of the buckets); seconds a scan; scans of the patient that it is given, the moving one included. NaN: not measured."""
-    means = rows[(rows.paper == "B") & (rows.table == 1) & (rows.patient == "mean")]
+    table = rows[(rows.paper == "B") & (rows.table == 1)]
+    means = table[table.patient == ("mean" if (table.patient == "mean").any() else table.patient.iloc[0])]  # or the one patient's own
 
     def of(model: str, metric: str, detail: str = "") -> float:
         part = means[(means.model == model) & (means.metric == metric) & means.detail.str.fullmatch(detail or ".*", case=True)]

@@ -4,7 +4,7 @@
 
 A call works for at most `--minutes` on the tables and ends with exit code 75 ("call me again") while something is left; stages and
 checkpoints are kept, so the next call goes on. When the tables are whole it times, with untrained weights at the preset's size,
-a fused CT from a kV pair (Paper A), gamma of two doses, and a scan by the cVAE and the diffusion model (Paper B), and writes
+a fused CT from a kV pair (Paper A), gamma of two doses, and a scan by the cVAE and the diffusion model, eager and compiled (Paper B), and writes
 OUT_DIR/gpu_seconds.csv: name, size, device, median_s, min_s, max_s, n, peak_mb.
 """
 from __future__ import annotations
@@ -102,8 +102,13 @@ def timings(preset: str, device: str, repeats: int, gamma_size: int, ct5d_shape:
     plain = {k: torch.full((d.latent_channels,), v) for k, v in (("mean", 0.0), ("std", 1.0), ("residual_std", 1.0))}
     pipe = make_pipeline(VARIANTS["paper"], size, autoencoder, plain, seed=0).to(device)
     pipe.set_progress_bar_config(disable=True)
-    models = {"cVAE": make_model("slice", size, seed=0).to(device).eval(), f"LDM, {d.ddim_steps} steps": pipe}
+    models = {"cVAE": make_model("slice", size, seed=0).to(device).eval(), f"LDM, {d.ddim_steps} steps": pipe,
+              f"LDM, {d.ddim_steps} steps, compiled": pipe}
     for name, model in models.items():
+        if name.endswith("compiled"):  # the loop's one network: CUDA graphs on a GPU; elsewhere the same capture without a compiler
+            how = {"mode": "reduce-overhead"} if device.startswith("cuda") else {"backend": "aot_eager"}
+            pipe.unet.compile(fullgraph=True, **how)
+
         def scan(model=model):
             return answer(model, ct, traces[:1], traces[1:], spacing_mm=size.voxel_mm, num_inference_steps=d.ddim_steps)
 

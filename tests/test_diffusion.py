@@ -107,7 +107,7 @@ def test_any_size_and_velocity_stride(shape):
 def test_bad_input():
     pipe = pipeline()
     ct, old, new = given(2)
-    for match, args in (("1 to 100", dict(steps=0)), ("1 to 100", dict(steps=101))):
+    for match, args in (("1 to 100", {"steps": 0}), ("1 to 100", {"steps": 101})):
         with pytest.raises(ValueError, match=match):
             ask(pipe, ct, old, new, **args)
     with pytest.raises(ValueError, match="trace_fixed: expected"):
@@ -120,7 +120,7 @@ def test_bad_input():
         ask(pipe, ct.expand(3, -1, -1, -1, -1), old, new)
     uneven = replace(PLAN, diffusion=replace(PLAN.diffusion, level_strides=((2, 2, 2), (4, 2, 2))))
     with pytest.raises(ValueError, match="one stride on all axes"):
-        pipeline("paper", uneven).velocity_stride
+        _ = pipeline("paper", uneven).velocity_stride
 
 
 def test_a_saved_pipeline_gives_the_same_ct_in_a_fresh_process(tmp_path):
@@ -138,7 +138,7 @@ given = load_file({str(tmp_path / "in.safetensors")!r})
 found = pipe(given["ct"], given["old"], given["new"], spacing_mm={SPACING_MM}, num_inference_steps=3, generator=torch.Generator().manual_seed(1))
 save_file(dict(ct=found.warped.contiguous()), {str(tmp_path / "out.safetensors")!r})
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert torch.equal(load_file(tmp_path / "out.safetensors")["ct"], ask(pipe, *inputs).warped)
 
@@ -174,7 +174,7 @@ def patients(tmp_path_factory):
 
 
 def test_residuals_are_standardised(patients):
-    root, folders = patients
+    root, _ = patients
     stored = load_file(root / "latents" / "latents.safetensors")
     pairs = torch.cat([(z[i] - z[j])[None] for z in (stored["patient.0"], stored["patient.1"]) for i in range(len(z)) for j in range(len(z)) if i != j])
     n = len(stored["patient.0"])

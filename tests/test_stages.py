@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from radrepro.train.loop import Schedule, fit
-from radrepro.train.runs import PeakMemory, Task, fan_out, run_stage
+from radrepro.train.runs import PeakMemory, Task, code_hash, fan_out, run_stage
 
 
 def write(folder):
@@ -22,24 +22,24 @@ def write(folder):
     lambda f: (f / "more.txt").write_text("?"),
 ])
 def test_a_damaged_stage_is_refused_and_named(tmp_path, damage):
-    folder = run_stage(tmp_path, "a/b", {"n": 1}, write, packages=("core",))
-    other = run_stage(tmp_path, "a/b", {"n": 2}, write, packages=("core",))
+    folder = run_stage(tmp_path, "a/b", {"n": 1}, write, modules=("core.volume",))
+    other = run_stage(tmp_path, "a/b", {"n": 2}, write, modules=("core.volume",))
     damage(folder)
     with pytest.raises(ValueError, match=f"remove .*{folder.name} and start again"):
-        run_stage(tmp_path, "a/b", {"n": 1}, write, packages=("core",))
-    assert run_stage(tmp_path, "a/b", {"n": 2}, write, packages=("core",)) == other
+        run_stage(tmp_path, "a/b", {"n": 1}, write, modules=("core.volume",))
+    assert run_stage(tmp_path, "a/b", {"n": 2}, write, modules=("core.volume",)) == other
 
 
 def test_a_full_disk_says_what_to_do_and_loses_nothing(tmp_path):
-    kept = run_stage(tmp_path, "a/b", {"n": 1}, write, packages=("core",))
+    kept = run_stage(tmp_path, "a/b", {"n": 1}, write, modules=("core.volume",))
 
     def full(folder):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(OSError, match="free some space, or pass -p out_dir"):
-        run_stage(tmp_path, "a/b", {"n": 2}, full, packages=("core",))
-    assert run_stage(tmp_path, "a/b", {"n": 1}, write, packages=("core",)) == kept
-    run_stage(tmp_path, "a/b", {"n": 2}, write, packages=("core",))
+        run_stage(tmp_path, "a/b", {"n": 2}, full, modules=("core.volume",))
+    assert run_stage(tmp_path, "a/b", {"n": 1}, write, modules=("core.volume",)) == kept
+    run_stage(tmp_path, "a/b", {"n": 2}, write, modules=("core.volume",))
 
 
 def test_a_full_disk_inside_safetensors_is_recognised(tmp_path):
@@ -49,7 +49,7 @@ def test_a_full_disk_inside_safetensors_is_recognised(tmp_path):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     with pytest.raises(OSError, match="free some space"):
-        run_stage(tmp_path, "a/b", {}, full, packages=("core",))
+        run_stage(tmp_path, "a/b", {}, full, modules=("core.volume",))
 
 
 SLOW_STAGE = """
@@ -68,7 +68,7 @@ def make(folder):
         import os
         os._exit(9)
 
-run_stage(sys.argv[1], "a/b", {}, make, packages=("core",))
+run_stage(sys.argv[1], "a/b", {}, make, modules=("core.volume",))
 """
 
 
@@ -82,7 +82,7 @@ def test_two_runs_at_once_make_a_stage_once(tmp_path):
 
 def test_a_run_that_died_leaves_no_lock(tmp_path):
     assert subprocess.run([sys.executable, "-c", SLOW_STAGE, tmp_path, "dies"], check=False).returncode == 9
-    folder = run_stage(tmp_path, "a/b", {}, write, packages=("core",))
+    folder = run_stage(tmp_path, "a/b", {}, write, modules=("core.volume",))
     assert (folder / "numbers.txt").read_text() == "1 2 3" and (folder / "lines.txt").exists()  # it went on in the same place
 
 
@@ -91,7 +91,7 @@ def test_other_disk_errors_are_not_dressed_up(tmp_path):
         raise PermissionError(errno.EACCES, "no")
 
     with pytest.raises(PermissionError):
-        run_stage(tmp_path, "a/b", {}, forbidden, packages=("core",))
+        run_stage(tmp_path, "a/b", {}, forbidden, modules=("core.volume",))
 
 
 def loss_of(model, step, generator):
@@ -147,3 +147,30 @@ def test_fan_out_over_processes_keeps_order_and_names_the_task_that_failed():
 def test_repeated_task_names_are_refused():
     with pytest.raises(ValueError, match="rename"):
         fan_out([Task("a", double, (1,)), Task("a", double, (2,))], workers=0)
+
+
+def test_a_stage_depends_on_what_its_module_imports_and_on_nothing_else(tmp_path, monkeypatch):
+    home = tmp_path / "radrepro"
+    texts = {"core/volume.py": "", "core/warp.py": "from .volume import like\n", "core/dicom.py": "from .volume import like\n",
+             "data/cohorts.py": "def load():\n    from radrepro.data.thorax import draw\n", "data/thorax.py": "from ..core import warp\n",
+             "ct5d/fit.py": "import numpy\nfrom ..data.cohorts import load\n"}
+    for name, text in texts.items():
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text(text)
+    monkeypatch.setattr("radrepro.__file__", str(home / "__init__.py"))
+
+    def hashed():
+        code_hash.cache_clear()
+        return code_hash(("ct5d.fit",))
+
+    first = hashed()
+    assert first == hashed()
+    (home / "core/dicom.py").write_text("changed = 1\n")
+    assert hashed() == first
+    for name in ("core/volume.py", "core/warp.py", "data/thorax.py", "data/cohorts.py", "ct5d/fit.py"):
+        (home / name).write_text(texts[name] + "# changed\n")
+        assert hashed() != first, name
+        (home / name).write_text(texts[name])
+    with pytest.raises(FileNotFoundError):
+        code_hash(("ct5d.gone",))
+    code_hash.cache_clear()

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 
 from radrepro.core.volume import to_tensor
 from radrepro.core.warp import warp
-from radrepro.ct5d import stages, studies
+from radrepro.ct5d import fit as ct5d_fit
+from radrepro.ct5d import stages
 from radrepro.ct5d.cvae import CVAE, CVAEConfig, CVAEOutput, Prediction, gaussian_kl, integrate, load, loss
 from radrepro.ct5d.evaluate import draw_pairs, make_pair
 from radrepro.ct5d.fit import train_cvae, write_scans
@@ -296,7 +297,7 @@ def test_the_weight_reaches_the_loss(folders, tmp_path):
 
 @pytest.mark.parametrize("name", ["conditional_literal", "velocity_8"])
 def test_a_killed_training_goes_on_as_if_it_had_not_been(folders, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(studies, "fit", partial(loop.fit, checkpoint_seconds=0))
+    monkeypatch.setattr(ct5d_fit, "fit", partial(loop.fit, checkpoint_seconds=0))
     places = [tmp_path / "whole", tmp_path / "killed"]
     for place in places:
         place.mkdir()
@@ -310,7 +311,7 @@ def test_a_killed_training_goes_on_as_if_it_had_not_been(folders, tmp_path, monk
         return loss(*args, **kwargs)
 
     with monkeypatch.context() as m:
-        m.setattr(studies, "loss", dies)
+        m.setattr(ct5d_fit, "loss", dies)
         with pytest.raises(KeyboardInterrupt):
             train_study(STUDIES[name], TINY, folders, places[1], seed=1)
     assert train_study(STUDIES[name], TINY, folders, places[1], seed=1) == whole

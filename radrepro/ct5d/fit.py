@@ -70,17 +70,19 @@ class Pairs:
 COARSE_SHARE = 0.8
 
 
-def make_model(mode: str, preset: CT5DPreset, *, seed: int) -> CVAE:
-    """An untrained cVAE, `mode` "global" (the paper's conditioning) or "slice" (ours), for the preset's grid."""
+def make_model(mode: str, preset: CT5DPreset, *, seed: int, **variant) -> CVAE:
+    """An untrained cVAE, `mode` "global" (the paper's conditioning) or "slice" (ours), for the preset's grid; `variant`: more of `CVAEConfig`."""
     with torch.random.fork_rng(devices=[]):  # layers draw their first weights from the global generator: leave it as it was
         torch.manual_seed(seed)
-        return CVAE(CVAEConfig(shape=tuple(preset.shape), trace_mode=mode))
+        return CVAE(CVAEConfig(shape=tuple(preset.shape), trace_mode=mode, **variant))
 
 
 def train_cvae(mode: str, preset: CT5DPreset, folders: Sequence[Path], folder: Path, *, seed: int, device: str = "cpu",
-               report: Callable[[float], None] | None = None) -> list[float]:
-    """Train on the patients in `folders`, going on from a checkpoint in `folder`; writes `cvae.safetensors` and returns the losses."""
-    pairs, model = Pairs.read(folders), make_model(mode, preset, seed=seed)
+               report: Callable[[float], None] | None = None, **variant) -> list[float]:
+    """Train `make_model(mode, preset, **variant)` on the patients in `folders`, going on from a checkpoint in `folder`.
+
+    Writes `cvae.safetensors` into `folder` and returns the losses."""
+    pairs, model = Pairs.read(folders), make_model(mode, preset, seed=seed, **variant)
     config = model.config
 
     def loss_of(wrapped, step: int, generator: torch.Generator) -> torch.Tensor:

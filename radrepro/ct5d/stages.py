@@ -20,14 +20,14 @@ from ..train.runs import Task, run_stage
 __all__ = ['MODELS', 'scan_folder', 'read_model', 'models', 'tasks', 'trained_models']
 
 # %% ../../nbs/ct5d/68_stages.ipynb #0f0757f7
-_PACKAGES = ("core", "data", "metrics", "train", "ct5d")
+_CODE = ("ct5d.stages",)
 
 
 def scan_folder(case: ThoraxCase, preset: Preset, out_dir: str) -> Path:
     """Where the scans of a training patient lie, as `radrepro.ct5d.fit.write_scans` wrote them."""
     size = {k: asdict(preset.ct5d)[k] for k in ("shape", "voxel_mm", "scans")}
     return run_stage(out_dir, "ct5d/scans", {"case": case.key()} | size, lambda f: write_scans(case, preset.ct5d, f),
-                     packages=("core", "data", "ct5d"))
+                     modules=("ct5d.fit",))
 
 
 def _scans_task(case: ThoraxCase, preset_name: str, out_dir: str, *, report) -> str:
@@ -42,7 +42,7 @@ def _model_key(preset: Preset, cases: list[ThoraxCase], *, diffusion: bool) -> d
 
 def _population_folder(preset: Preset, train: list[ThoraxCase], out_dir: str) -> Path:
     return run_stage(out_dir, "ct5d/population", _model_key(preset, train, diffusion=False),
-                     lambda f: write_population([scan_folder(c, preset, out_dir) for c in train], f), packages=("core", "data", "ct5d"))
+                     lambda f: write_population([scan_folder(c, preset, out_dir) for c in train], f), modules=("ct5d.fit",))
 
 
 def _population_task(train: list[ThoraxCase], preset_name: str, out_dir: str, *, report) -> str:
@@ -71,7 +71,7 @@ def _model_folder(name: str, train: list[ThoraxCase], preset: Preset, seed: int,
         train_ldm(variant, size, folders, encoded, encoded, folder, **how)
 
     key = _model_key(preset, train, diffusion=not name.startswith("cvae_")) | {"model": name, "seed": seed, "device": device}
-    return run_stage(out_dir, "ct5d/models", key, make, packages=_PACKAGES)
+    return run_stage(out_dir, "ct5d/models", key, make, modules=_CODE)
 
 
 def _train_task(name: str, train: list[ThoraxCase], preset_name: str, seed: int, out_dir: str, device: str, *, report) -> str:
@@ -104,7 +104,7 @@ def _test_task(case: ThoraxCase, names: tuple[str, ...], train: list[ThoraxCase]
         table.assign(paper="B", table=1, patient=case.number, seed=seed).to_csv(folder / "values.csv", index=False)
 
     key = _model_key(preset, train, diffusion=True) | {"case": case.key(), "models": names, "seed": seed, "device": device}
-    return str(run_stage(out_dir, "ct5d/patient", key, make, packages=_PACKAGES) / "values.csv")
+    return str(run_stage(out_dir, "ct5d/patient", key, make, modules=_CODE) / "values.csv")
 
 # %% ../../nbs/ct5d/68_stages.ipynb #50ec69c5
 def _classical_task(case: ThoraxCase, preset_name: str, seed: int, out_dir: str, *, report) -> str:
@@ -116,7 +116,7 @@ def _classical_task(case: ThoraxCase, preset_name: str, seed: int, out_dir: str,
         table.assign(paper="B", table=1, patient=case.number, seed=seed).to_csv(folder / "values.csv", index=False)
 
     size = {k: asdict(preset.ct5d)[k] for k in ("shape", "voxel_mm", "scans", "test_pairs")}
-    return str(run_stage(out_dir, "ct5d/classical", {"case": case.key(), "seed": seed} | size, make, packages=("core", "data", "metrics", "ct5d")) / "values.csv")
+    return str(run_stage(out_dir, "ct5d/classical", {"case": case.key(), "seed": seed} | size, make, modules=("ct5d.evaluate",)) / "values.csv")
 
 # %% ../../nbs/ct5d/68_stages.ipynb #rea1m0t1
 def _real_motion_task(data_dir: str, out_dir: str, *, report) -> str:
@@ -126,7 +126,7 @@ def _real_motion_task(data_dir: str, out_dir: str, *, report) -> str:
         table.to_csv(folder / "values.csv", index=False)
 
     shown = [str(p) for p in (*find_phases(data_dir), *sorted(Path(data_dir).glob("lung_landmarks_*")))]
-    return str(run_stage(out_dir, "ct5d/real_motion", {"content": fingerprint(*shown)}, make, packages=("core", "data", "metrics", "ct5d")) / "values.csv")
+    return str(run_stage(out_dir, "ct5d/real_motion", {"content": fingerprint(*shown)}, make, modules=("ct5d.real_motion",)) / "values.csv")
 
 # %% ../../nbs/ct5d/68_stages.ipynb #b99ca6e3
 MODELS = ("cvae_slice", "cvae_global", "ldm_extension", "ldm_paper")

@@ -15,15 +15,14 @@ import torch
 
 from ..core.volume import from_tensor, spacing_mm, to_tensor
 from ..core.warp import jacobian_determinant
-from .cvae import CVAE, CVAEConfig, gaussian_kl, loss, save
+from .cvae import CVAE, gaussian_kl
 from .evaluate import Pair, draw_pairs, make_pair
-from .fit import COARSE_SHARE, Pairs
+from .fit import train_cvae
 from .stages import read_model, scan_folder
 from ..data.cohorts import ThoraxCase, thorax_cases
 from ..data.thorax import ThoraxPatient
 from ..metrics.image import mse
 from ..metrics.motion import folding_count
-from ..train.loop import Schedule, fit
 from ..train.presets import CT5DPreset, Preset, get_preset
 from ..train.runs import Task, run_stage
 
@@ -85,22 +84,8 @@ def train_study(study: Study, preset: CT5DPreset, folders: Sequence[Path], folde
     """Train on the patients in `folders`, going on from a checkpoint in `folder`; writes `cvae.safetensors` and returns the losses.
 
     `preset`: as `study_preset` gives it."""
-    pairs = Pairs.read(folders)
-    config = CVAEConfig(shape=tuple(preset.shape), velocity_stride=study.velocity_stride, prior=study.prior)
-    with torch.random.fork_rng(devices=[]):  # layers draw their first weights from the global generator: leave it as it was
-        torch.manual_seed(seed)
-        model = CVAE(config)
-
-    def loss_of(wrapped, step: int, generator: torch.Generator) -> torch.Tensor:
-        moving, fixed, trace_moving, trace_fixed = pairs.gather(pairs.draw(preset.batch, generator), device)
-        out = wrapped(moving, fixed, trace_moving, trace_fixed, generator=generator)
-        coarse = 2 if step < COARSE_SHARE * preset.steps else 1
-        return loss(out, moving, fixed, config=config, spacing_mm=preset.voxel_mm, kl_weight=preset.kl_weight, coarse=coarse).total
-
-    schedule = Schedule(preset.steps, preset.learning_rate, preset.warmup_steps, clip=0.05, precision=preset.precision)
-    history = fit(model, loss_of, schedule, seed=seed, folder=folder, device=device, report=report)
-    save(model.cpu(), folder / "cvae.safetensors")
-    return history
+    return train_cvae("slice", preset, folders, folder, seed=seed, device=device, report=report,
+                      velocity_stride=study.velocity_stride, prior=study.prior)
 
 # %% ../../nbs/ct5d/69_studies.ipynb #3c66c2d1
 PAIRS = 12
@@ -171,7 +156,7 @@ def run_study(name: str, train: list[ThoraxCase], validation: list[ThoraxCase], 
     size = {k: v for k, v in asdict(plan).items() if k not in ("diffusion", "test_pairs")}
     cases = {"train": [c.key() for c in train], "validation": [c.key() for c in validation]}
     key = {"model": name, "study": asdict(study), "preset": size, "seed": seed, "device": device} | cases
-    return str(run_stage(out_dir, "ct5d/studies", key, make, packages=("core", "data", "metrics", "train", "ct5d")) / "values.csv")
+    return str(run_stage(out_dir, "ct5d/studies", key, make, modules=("ct5d.studies",)) / "values.csv")
 
 
 def study_tasks(preset: Preset, cohort: str, data_dir: str, out_dir: str, device: str, seeds: list[int]) -> list[Task]:

@@ -58,8 +58,8 @@ def table_4(doses: dict[str, xr.DataArray], truth: xr.DataArray, *, device: str 
 
 # %% ../../nbs/kv2ct/56_dosimetry.ipynb #6e00311d
 MAIN_MODELS = ("fused", "primary", "mean_ct", "registration_1dof", "fused_aligned")
-_PLAN_PACKAGES = ("core", "data", "dose")
-_PACKAGES = ("core", "data", "dose", "metrics", "train", "kv2ct")
+_PLAN_CODE = ("data.cohorts", "dose.protons")
+_CODE = ("kv2ct.dosimetry",)
 
 
 def plan_size(preset: KV2CTPreset) -> PlanSize:
@@ -73,7 +73,7 @@ def run_plan(case: HeadNeckCase, preset_name: str, hlut: HLUT, out_dir: str, *, 
     size = plan_size(preset)
     key = {"case": case.key(), "voxel_mm": preset.voxel_mm, "size": asdict(size), "hlut": asdict(hlut)}
     return run_stage(out_dir, "dose/plan", key, lambda to: write_plan(plan(case.load(preset.voxel_mm), hlut, size, report=report), to),
-                     packages=_PLAN_PACKAGES)
+                     modules=_PLAN_CODE)
 
 
 def run_dose(case: HeadNeckCase, preset_name: str, hlut: HLUT, seed: int, out_dir: str, device: str, *, report=lambda f, text="": None) -> str:
@@ -103,7 +103,7 @@ def run_dose(case: HeadNeckCase, preset_name: str, hlut: HLUT, seed: int, out_di
         pd.DataFrame(values).assign(paper="A", patient=case.number, seed=seed).to_csv(folder / "values.csv", index=False)
 
     key = {"case": case.key(), "preset": asdict(preset), "hlut": asdict(hlut), "seed": seed, "device": device, "source": source.name}
-    return str(run_stage(out_dir, "kv2ct/dose", key, measure, packages=_PACKAGES) / "values.csv")
+    return str(run_stage(out_dir, "kv2ct/dose", key, measure, modules=_CODE) / "values.csv")
 
 
 def _doses(a_plan, patient, cts, truth, folder: Path, device: str, report) -> list[dict]:

@@ -121,7 +121,7 @@ def averaged(rows: list[dict] | pd.DataFrame) -> list[dict]:
     return means.reset_index().to_dict("records")
 
 # %% ../../nbs/kv2ct/54_evaluate.ipynb #7392f07a
-_PACKAGES = ("core", "data", "metrics", "train", "kv2ct")
+_CODE = ("kv2ct.evaluate",)
 RESIDUALS_MM = (0.0, 0.3, 0.6, 1.0)
 
 
@@ -147,7 +147,7 @@ def run_residuals(numbers: list[int], voxel_mm: int, out_dir: str, *, report=lam
         pd.DataFrame(residual_curve(numbers, voxel_mm, RESIDUALS_MM)).assign(paper="A", seed=0).to_csv(folder / "values.csv", index=False)
 
     key = {"numbers": numbers, "voxel_mm": voxel_mm, "residuals_mm": RESIDUALS_MM}
-    return str(run_stage(out_dir, "kv2ct/residuals", key, make, packages=_PACKAGES) / "values.csv")
+    return str(run_stage(out_dir, "kv2ct/residuals", key, make, modules=_CODE) / "values.csv")
 
 # %% ../../nbs/kv2ct/54_evaluate.ipynb #f17m0de1
 CONVERTERS = ("primary", "secondary", "compute-matched", "primary, aligned", "secondary, aligned")
@@ -187,7 +187,7 @@ def fit_models(case: HeadNeckCase, patient: Patient, preset: KV2CTPreset, seed: 
         def train(to: Path, converter=converter, done=done, name=name) -> None:
             converter.train(to, report=lambda f: report(0.1 + 0.9 * (done + f * converter.plan.steps) / total, name))
 
-        converter.load(run_stage(out_dir, "kv2ct/fit", _fit_key(case, patient, preset.voxel_mm, converter), train, packages=_PACKAGES))
+        converter.load(run_stage(out_dir, "kv2ct/fit", _fit_key(case, patient, preset.voxel_mm, converter), train, modules=_CODE))
         done += converter.plan.steps
     return converters
 
@@ -229,7 +229,7 @@ def run_patient(case: HeadNeckCase, preset_name: str, seed: int, out_dir: str, d
             write_zarr(like(hu.numpy(), patient.planning, "HU"), folder / f"{name}.zarr")
 
     key = {"case": case.key(), "preset": asdict(preset), "literal": with_literal, "seed": seed, "device": device}
-    return str(run_stage(out_dir, "kv2ct/patient", key, evaluate, packages=_PACKAGES) / "values.csv")
+    return str(run_stage(out_dir, "kv2ct/patient", key, evaluate, modules=_CODE) / "values.csv")
 
 
 def _measure(patient: Patient, converters: dict[str, Converter], preset: KV2CTPreset, report) -> tuple[list[dict], pd.DataFrame, dict]:

@@ -147,7 +147,7 @@ def with_sessions(patient: Patient, n: int, cohort_seed: int = 0) -> Patient:
 
 # %% ../../nbs/kv2ct/57_robustness.ipynb #b86fea2c
 _FITS = ("primary", "secondary", "primary, aligned", "secondary, aligned")
-_PACKAGES = ("core", "data", "metrics", "train", "kv2ct")
+_CODE = ("kv2ct.robustness",)
 
 
 def run_robustness(case: HeadNeckCase, preset_name: str, seed: int, out_dir: str, device: str, *, report=lambda f, text="": None) -> str:
@@ -174,7 +174,7 @@ def run_robustness(case: HeadNeckCase, preset_name: str, seed: int, out_dir: str
         pd.DataFrame(values + sessions).assign(paper="A", patient=case.number, seed=seed).to_csv(folder / "values.csv", index=False)
 
     key = {"case": case.key(), "preset": asdict(preset), "seed": seed, "device": device}
-    return str(run_stage(out_dir, "kv2ct/robustness", key, measure, packages=_PACKAGES) / "values.csv")
+    return str(run_stage(out_dir, "kv2ct/robustness", key, measure, modules=_CODE) / "values.csv")
 
 
 def robustness_tasks(preset: Preset, cohort: str, data_dir: str, out_dir: str, device: str, seeds: list[int]) -> list[Task]:

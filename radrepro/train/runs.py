@@ -3,6 +3,7 @@
 # %% ../../nbs/train/42_runs.ipynb #c40f650b
 from __future__ import annotations
 
+import ast
 import errno
 import hashlib
 import json
@@ -29,17 +30,39 @@ import radrepro
 __all__ = ['code_hash', 'pick_device', 'provenance', 'run_stage', 'Task', 'fan_out', 'PeakMemory']
 
 # %% ../../nbs/train/42_runs.ipynb #e67f392c
+def _imported(path: Path, home: Path) -> set[Path]:
+    """The modules of radrepro, which lies in `home`, that the module at `path` imports anywhere in its text."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            names = [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = path.relative_to(home.parent).parts[:-node.level] if node.level else ()
+            name = ".".join([*above, *filter(None, [node.module])])
+            names = [name, *(f"{name}.{a.name}" for a in node.names)]  # what is imported may be a module itself
+        else:
+            continue
+        places = (home.parent.joinpath(*n.split(".")).with_suffix(".py") for n in names if n.startswith("radrepro."))
+        found.update(p for p in places if p.is_file())
+    return found
+
+
 @cache  # a process goes by the code that it started with, whatever is edited meanwhile
-def code_hash(packages: tuple[str, ...]) -> str:
-    """SHA-256 (12 hex digits) over the sources of these sub-packages of radrepro, e.g. ("core", "data"), and torch's version."""
-    digest, home = hashlib.sha256(torch.__version__.encode()), Path(radrepro.__file__).parent
-    if "data" in packages:  # the cohorts read the session counts from the published tables
-        for folder in (home.parent / "data_manifests", home / "data_manifests"):
-            for path in sorted(folder.glob("*.csv")):
-                digest.update(path.name.encode() + path.read_bytes())
-    for package in sorted(packages):
-        for path in sorted((home / package).glob("*.py")):
-            digest.update(path.name.encode() + path.read_bytes())
+def code_hash(modules: tuple[str, ...]) -> str:
+    """SHA-256 (12 hex digits) over these modules of radrepro, e.g. ("kv2ct.fit",), all of radrepro that they import, and torch's version.
+
+    Raises FileNotFoundError for a module that is not there."""
+    home = Path(radrepro.__file__).parent
+    found, left = set(), {home.joinpath(*m.split(".")).with_suffix(".py") for m in modules}
+    while left:
+        path = left.pop()
+        found.add(path)
+        left |= _imported(path, home) - found
+    if home / "data" / "manifests.py" in found:  # the cohorts read the session counts from the published tables
+        found |= {p for folder in (home.parent / "data_manifests", home / "data_manifests") for p in folder.glob("claims_*.csv")}
+    digest = hashlib.sha256(torch.__version__.encode())
+    for path in sorted(found, key=lambda p: (p.parent.name, p.name)):
+        digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
 
@@ -69,7 +92,7 @@ def provenance(**more) -> dict:
 
     return {"radrepro": radrepro.__version__, "commit": git("rev-parse", "--short", "HEAD"),
             "dirty": bool(git("status", "--porcelain", "--untracked-files=no") not in ("", "unknown")),
-            "code": code_hash(("core", "data", "metrics", "train", "kv2ct", "ct5d", "report")),
+            "code": code_hash(tuple(sorted(f"{p.parent.name}.{p.stem}" for p in Path(radrepro.__file__).parent.glob("*/*.py")))),
             "python": platform.python_version(), "cores": os.cpu_count(),
             "packages": {p: version(p) for p in ("torch", "numpy", "scipy", "xarray", "nanodrr", "torchmetrics")}} | more
 
@@ -84,13 +107,13 @@ def _contents(folder: Path) -> dict[str, str]:
 
 
 def run_stage(out_dir: Path | str, name: str, key: dict, make: Callable[[Path], None], *,
-              packages: tuple[str, ...]) -> Path:
+              modules: tuple[str, ...]) -> Path:
     """The folder of the finished stage `name` with this `key`; `make(folder)` is called only where it is not there yet.
 
-    `key`: JSON values (preset, cohort, patient, seed). `packages`: the sub-packages whose code the result depends on.
+    `key`: JSON values (preset, cohort, patient, seed). `modules`: whose code, with what they import, the result depends on (`code_hash`).
     `make` writes its files into the folder that it gets, and may find there what a killed run left (checkpoints).
     Raises ValueError for a stage whose files are not what was written, OSError with the remedy when the disk is full."""
-    key = key | {"code": code_hash(packages)}
+    key = key | {"code": code_hash(modules)}
     short = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     folder = Path(out_dir) / "stages" / name / short
     if folder.exists():

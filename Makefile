@@ -37,7 +37,8 @@ bench: $(VENV)/ready
 
 # The lessons with their outputs: each picture as Plotly to touch and as PNG for pages that show none. Needs Chrome or Chromium.
 lessons: $(VENV)/ready
-	PLOTLY_RENDERER=plotly_mimetype+png $(BIN)/jupyter nbconvert --log-level ERROR --execute --inplace $(if $(ONLY),$(ONLY),nbs/*/[0-9]*.ipynb)
+	PLOTLY_RENDERER=plotly_mimetype+png $(BIN)/jupyter nbconvert --log-level ERROR --execute --inplace $(or $(ONLY),$(wildcard nbs/*/[0-9]*.ipynb))
+	$(BIN)/python scripts/shrink_pictures.py $(or $(ONLY),$(wildcard nbs/*/[0-9]*.ipynb))
 	$(BIN)/nbdev_clean
 
 # README.md is nbs/index.ipynb, executed.

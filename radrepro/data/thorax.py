@@ -23,7 +23,7 @@ FIELD_OF_VIEW_MM = (320.0, 300.0, 360.0)  # z, y, x
 
 # %% auto #0
 __all__ = ['FIELD_OF_VIEW_MM', 'SCAN_EVERY_S', 'NOISE', 'BUCKET_WORDS', 'scale_hu', 'Scan', 'ThoraxPatient', 'acquire',
-           'phantom_thorax', 'bucket_of', 'find_lungs', 'find_thoraxes', 'real_thorax']
+           'phantom_thorax', 'bucket_of', 'find_lungs', 'find_thoraxes', 'real_thorax', 'thorax_of']
 
 # %% ../../nbs/data/12_thorax.ipynb #a118a547
 def scale_hu(ct: xr.DataArray) -> xr.DataArray:
@@ -54,7 +54,8 @@ class ThoraxPatient:
 
     `reference`: 0..1 on the scans' grid; `labels`: int of BUCKETS or None; `lung_mask`: bool; `alpha_mm`, `beta_mm`:
     fields in mm and mm per (1/s); `fine`, `fine_labels`, `fine_lungs`: the same anatomy on the finer grid from which
-    scans are sampled. `kind`: phantom or real; `source`: the seed or the case's folder name."""
+    scans are sampled. `kind`: phantom or real; `source`: the seed or the case's folder name. `tumour_mm`: (z, y, x) of the
+    tumour's centre in the reference, None where it is not known."""
 
     number: int
     kind: str
@@ -68,12 +69,13 @@ class ThoraxPatient:
     fine: xr.DataArray
     fine_labels: xr.DataArray | None
     fine_lungs: xr.DataArray
+    tumour_mm: tuple[float, float, float] | None = None
 
     def labels_in(self, scan: Scan) -> xr.DataArray:
         """The label map (uint8) as `scan` shows it. Raises ValueError where the patient has no labels."""
         if self.fine_labels is None:
             raise ValueError(f"expected labels, got none for {self.source}: "
-                             "put labels.nii.gz and labels.json beside ct.nii.gz")
+                             "put labels.nii.gz and labels.json beside ct.nii.gz (radrepro.data.segment.write_labels)")
         return self._carried(self.fine_labels, scan).astype(np.uint8)
 
     def lung_mask_in(self, scan: Scan) -> xr.DataArray:
@@ -143,16 +145,17 @@ def phantom_thorax(number: int, *, shape: tuple[int, int, int] = (56, 64, 64), v
     alpha_mm, beta_mm = phantom_motion(anatomy, grid, peak_mm=draw_peak_mm(own), lag_s=lag_s)
     trace = synthetic_trace(SCAN_EVERY_S * max(n_scans, 3), seed=own)
     lungs = like(fine_labels.values == 3, fine_labels)
+    tumour_mm = tuple(s * t + p for s, t, p in zip(anatomy.size, anatomy.tumour_mm, anatomy.pose_mm))
     return _patient(number, "phantom", f"seed {own}", scale_hu(fine_hu), fine_labels, lungs, grid, alpha_mm, beta_mm,
-                    trace, n_scans, own)
+                    trace, n_scans, own, tumour_mm)
 
 
-def _patient(number, kind, source, fine, fine_labels, fine_lungs, grid, alpha_mm, beta_mm, trace, n_scans, seed):
+def _patient(number, kind, source, fine, fine_labels, fine_lungs, grid, alpha_mm, beta_mm, trace, n_scans, seed, tumour_mm=None):
     reference = resample(_averaged(fine, grid), grid, fill=0.0)
     return ThoraxPatient(
         number, kind, source, reference, None if fine_labels is None else resample(fine_labels, grid, fill=0, order=0),
         resample(fine_lungs, grid, fill=0, order=0), alpha_mm, beta_mm,
-        acquire(reference, fine, alpha_mm, beta_mm, trace, n_scans=n_scans, seed=seed), fine, fine_labels, fine_lungs)
+        acquire(reference, fine, alpha_mm, beta_mm, trace, n_scans=n_scans, seed=seed), fine, fine_labels, fine_lungs, tumour_mm)
 
 # %% ../../nbs/data/12_thorax.ipynb #9b75a52f
 BUCKET_WORDS = (  # the first pattern that fits decides
@@ -211,12 +214,22 @@ def real_thorax(folder: str | Path, number: int, *, landmarks: str | Path, shape
     or None for synthetic breathing by seed. The rest as in phantom_thorax.
     Raises FileNotFoundError or ValueError where files are missing, the CT has NaN, or is not in HU."""
     folder = Path(folder)
-    grid, fine_grid = _grids(shape, voxel_mm)
     ct = check(read_nifti(folder / "ct.nii.gz", units="HU"), name=f"{folder.name}/ct.nii.gz")
+    return thorax_of(ct, _labels_of(folder, ct), number, kind="real", source=folder.name, landmarks=landmarks, shape=shape,
+                     voxel_mm=voxel_mm, n_scans=n_scans, seed=seed, trace=trace)
+
+
+def thorax_of(ct: xr.DataArray, labels: xr.DataArray | None, number: int, *, kind: str, source: str, landmarks: str | Path,
+              shape: tuple[int, int, int] = (56, 64, 64), voxel_mm=None, n_scans: int = 25, seed: int = 0,
+              trace: xr.DataArray | None = None) -> ThoraxPatient:
+    """A ThoraxPatient from a CT in HU and its label map (uint8 of BUCKETS, on its grid) or None; motion and the rest as in `real_thorax`.
+
+    `kind`, `source`: the patient's; `source` names it in errors. Raises FileNotFoundError without landmarks, ValueError where the CT is not
+    in HU, has no lungs, or the trace is too short."""
+    grid, fine_grid = _grids(shape, voxel_mm)
     if float(ct.min()) > -500 or float(ct.max()) < 100:
-        raise ValueError(f"{folder.name}: expected a CT in HU with air and bone, got {float(ct.min()):.0f} to "
+        raise ValueError(f"{source}: expected a CT in HU with air and bone, got {float(ct.min()):.0f} to "
                          f"{float(ct.max()):.0f}: convert it to HU first")
-    labels = _labels_of(folder, ct)
     if labels is None or not (labels == 3).any():
         lungs = find_lungs(_thinned(ct, (3.0, 3.0, 3.0)))
     else:
@@ -239,7 +252,7 @@ def real_thorax(folder: str | Path, number: int, *, landmarks: str | Path, shape
     beta_mm = like((lag_s * (0.55 + 0.65 * np.tanh(y)) * alpha_mm.values).astype(np.float32), alpha_mm)
     if trace is None:
         trace = synthetic_trace(SCAN_EVERY_S * max(n_scans, 3), seed=own)
-    return _patient(number, "real", folder.name, scale_hu(fine), fine_labels, chest, grid, alpha_mm, beta_mm,
+    return _patient(number, kind, source, scale_hu(fine), fine_labels, chest, grid, alpha_mm, beta_mm,
                     trace, n_scans, own)
 
 

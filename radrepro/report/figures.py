@@ -81,7 +81,7 @@ def save_figure(figure: go.Figure, folder: Path | str, name: str) -> list[Path]:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.html", folder / f"{name}.csv"]
-    figure.write_html(paths[0], include_plotlyjs="cdn", div_id=name)
+    figure.write_html(paths[0], include_plotlyjs="cdn", div_id=name, auto_play=False)  # a slider waits for its reader
     plotted_numbers(figure).to_csv(paths[1], index=False, float_format="%.6g")
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)  # the browser's chatter, which may come as tracebacks though all is well

@@ -12,17 +12,17 @@ from pathlib import Path
 KINDS = ("phantom", "real", "clinical")
 
 # %% auto #0
-__all__ = ['KINDS', 'LONGEST_RUN_S', 'find_data_dir', 'fingerprint', 'HeadNeckCase', 'headneck_cases', 'ThoraxCase',
-           'thorax_cases']
+__all__ = ['KINDS', 'LONGEST_RUN_S', 'find_data_dir', 'fingerprint', 'clinical_folders', 'clinical_landmarks', 'of_study',
+           'HeadNeckCase', 'headneck_cases', 'ThoraxCase', 'thorax_cases']
 
 # %% ../../nbs/data/14_cohorts.ipynb #fe201437
 def find_data_dir(data_dir: str | Path = "") -> Path:
-    """The folder of real data: `data_dir`, or else the environment variable RADREPRO_DATA.
+    """The folder of real or clinical data: `data_dir`, or else the environment variable RADREPRO_DATA.
 
     Raises FileNotFoundError that says how to name one."""
     given = str(data_dir) or os.environ.get("RADREPRO_DATA", "")
     if not given:
-        raise FileNotFoundError("expected a folder of real CTs for cohort real, got none: pass -p data_dir PATH or set "
+        raise FileNotFoundError("expected a folder of CTs for cohort real or clinical, got none: pass -p data_dir PATH or set "
                                 "RADREPRO_DATA, or use -p cohort phantom")
     if not Path(given).is_dir():
         raise FileNotFoundError(f"expected data_dir to be a folder, got {given!r}, which is not there: correct the path, or use "
@@ -31,24 +31,63 @@ def find_data_dir(data_dir: str | Path = "") -> Path:
 
 
 def _check_kind(kind: str) -> None:
-    if kind == "clinical":
-        raise ValueError("expected cohort phantom or real, got clinical: reading a clinic's DICOM is not built yet")
     if kind not in KINDS:
         raise ValueError(f"expected cohort to be one of {KINDS}, got {kind!r}: pass -p cohort phantom")
 
 
 def fingerprint(*paths: str) -> str:
-    """SHA-256 (12 hex digits) over the files at, or in, `paths`: what a real case's numbers depend on."""
+    """SHA-256 (12 hex digits) over the files at, or anywhere in, `paths`: what a real case's numbers depend on."""
     digest = hashlib.sha256()
     for given in filter(None, paths):
-        for path in [Path(given)] if Path(given).is_file() else sorted(p for p in Path(given).iterdir() if p.is_file()):
+        for path in [Path(given)] if Path(given).is_file() else sorted(p for p in Path(given).rglob("*") if p.is_file()):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:12]
+
+# %% ../../nbs/data/14_cohorts.ipynb #c11n1c02
+def clinical_folders(data_dir: str | Path = "") -> dict[str, list[Path]]:
+    """The patients' folders by `headneck` and `thorax`, sorted by name; sub-folders without a CT are left out.
+
+    Raises FileNotFoundError where `data_dir` is missing or holds no patient, ValueError where a link leads out of a patient's folder."""
+    from radrepro.data.study_objects import find_items
+
+    root, found = find_data_dir(data_dir), {"headneck": [], "thorax": []}
+    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.is_symlink() and not p.name.startswith((".", "lung_landmarks_")))
+    for i, folder in enumerate(folders):
+        try:
+            what = {t.what for t in find_items(folder).items}
+        except ValueError as e:
+            raise ValueError(f"sub-folder {i + 1} of data_dir, by name: {e}") from None
+        if "CT" in what:
+            found["thorax" if "trace" in what else "headneck"].append(folder)
+    if not any(found.values()):
+        raise FileNotFoundError("expected a sub-folder with DICOM CTs for each patient in data_dir, found none: name the folder above "
+                                "the patients'")
+    return found
+
+
+def clinical_landmarks(data_dir: str | Path = "") -> Path:
+    """The first `lung_landmarks_*` folder in `data_dir`, or else in RADREPRO_DATA. Raises FileNotFoundError where there is none."""
+    roots = [find_data_dir(data_dir), *([find_data_dir()] if os.environ.get("RADREPRO_DATA") else [])]
+    found = [p for root in roots for p in sorted(root.glob("lung_landmarks_*"))]
+    if not found:
+        raise FileNotFoundError("expected lung_landmarks_*/*.csv in data_dir or RADREPRO_DATA, from which a thorax borrows its motion, "
+                                "found none: add them, or use -p cohort phantom")
+    return found[0]
+
+
+def of_study(case, make):
+    """What `make` gives of the Study in a clinical case's folder. Raises ValueError that names the patient by number alone."""
+    from radrepro.data.study import read_study
+
+    try:
+        return make(read_study(case.folder))
+    except ValueError as e:
+        raise ValueError(f"patient {case.number} of cohort clinical: {e}") from None
 
 # %% ../../nbs/data/14_cohorts.ipynb #5234b6f3
 @dataclass(frozen=True)
 class HeadNeckCase:
-    """One head-and-neck patient: `number` from 1, `kind`, and the `folder` of its CT (real) or its cohort `seed` (phantom)."""
+    """One head-and-neck patient: `number` from 1, `kind`, and its `folder` (real, clinical) or its cohort `seed` (phantom)."""
 
     number: int
     kind: str
@@ -69,6 +108,10 @@ class HeadNeckCase:
 def _load_headneck(case: HeadNeckCase, key: str, voxel_mm: int):
     from radrepro.data.headneck import phantom_patient, real_patient
 
+    if case.kind == "clinical":
+        from radrepro.data.study_patient import clinical_patient
+
+        return of_study(case, lambda study: clinical_patient(study, case.number, voxel_mm=voxel_mm, seed=case.seed))
     if case.folder:
         return real_patient(Path(case.folder), case.number, voxel_mm=voxel_mm, seed=case.seed)
     return phantom_patient(case.number, voxel_mm=voxel_mm, seed=case.seed)
@@ -79,6 +122,12 @@ def headneck_cases(kind: str, n: int, *, data_dir: str | Path = "", seed: int = 
     _check_kind(kind)
     if kind == "phantom":
         return [HeadNeckCase(i + 1, kind, seed=seed) for i in range(n)]
+    if kind == "clinical":
+        folders = clinical_folders(data_dir)["headneck"]
+        if not folders:
+            raise FileNotFoundError("expected a head-and-neck patient's folder (a CT and no breathing trace) in data_dir, found none: add "
+                                    "one, or use -p cohort phantom")
+        return [HeadNeckCase(i + 1, kind, str(f), seed) for i, f in enumerate(folders[:n])]
     from radrepro.data.headneck import find_headneck
 
     folders = find_headneck(find_data_dir(data_dir))
@@ -108,6 +157,10 @@ class ThoraxCase:
         from radrepro.data.traces import read_trace
 
         size = {"shape": tuple(shape), "voxel_mm": tuple(voxel_mm), "n_scans": scans, "seed": self.seed}
+        if self.kind == "clinical":
+            from radrepro.data.study_patient import clinical_thorax
+
+            return of_study(self, lambda study: clinical_thorax(study, self.number, landmarks=Path(self.landmarks), **size))
         if self.folder:
             trace = read_trace(self.trace) if self.trace else None
             return real_thorax(Path(self.folder), self.number, landmarks=Path(self.landmarks), trace=trace, **size)
@@ -126,9 +179,15 @@ def _lasts(path: Path, seconds: float) -> bool:
 
 def thorax_cases(kind: str, *, train: int, validation: int, test: int, data_dir: str | Path = "",
                  seed: int = 0) -> list[ThoraxCase]:
-    """Patient-wise splits: phantoms 1 ... `test` test, the next ones validate and train; real ones replace the test patients."""
+    """Patient-wise splits: phantoms 1 ... `test` test, the next ones validate and train; real or clinical ones replace the tests."""
     _check_kind(kind)
     tests = [ThoraxCase(i + 1, "phantom", "test", seed=seed) for i in range(test)]
+    if kind == "clinical":
+        folders = clinical_folders(data_dir)["thorax"]
+        if not folders:
+            raise FileNotFoundError("expected a thorax patient's folder (a CT and a breathing trace) in data_dir, found none: add one, or "
+                                    "use -p cohort phantom")
+        tests = [ThoraxCase(i + 1, kind, "test", str(f), str(clinical_landmarks(data_dir)), "", seed) for i, f in enumerate(folders[:test])]
     if kind == "real":
         from radrepro.data.thorax import find_thoraxes
         from radrepro.data.traces import find_traces

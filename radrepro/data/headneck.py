@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Callable
+from typing import Callable, NamedTuple
 
 import numpy as np
 import xarray as xr
@@ -22,12 +22,19 @@ from .headneck_shapes import AIR_HU, carried, pull_back
 from .manifests import read_claims
 
 # %% auto #0
-__all__ = ['WEEKS', 'BRAINSTEM_MM', 'phantom_patient', 'find_headneck', 'real_patient']
+__all__ = ['WEEKS', 'BRAINSTEM_MM', 'table1_prescription', 'phantom_patient', 'find_headneck', 'Placed', 'place_ct', 'patient_of',
+           'real_patient']
 
 # %% ../../nbs/data/11_headneck.ipynb #b4bd62de
 def _table1(number: int):
     table = read_claims("kv2ct_table1").set_index("patient")
     return table.loc[(number - 1) % len(table) + 1]
+
+
+def table1_prescription(number: int) -> tuple[float, int]:
+    """Dose in Gy and fractions of Paper A's patient `number` (11 is 1 again)."""
+    row = _table1(number)
+    return float(row.total_dose_gy), int(row.fractions)
 
 
 WEEKS = 6
@@ -102,8 +109,8 @@ def phantom_patient(
         geometry=geometry,
         physics=physics,
         head_box=head_box(planned.structures["body"]),
-        prescription_gy=float(row.total_dose_gy),
-        fractions=int(row.fractions),
+        prescription_gy=table1_prescription(number)[0],
+        fractions=table1_prescription(number)[1],
         source=f"seed {seed}",
     )
 
@@ -141,48 +148,54 @@ def _at_isocentre(ct, body, structures):
     return [-(x[0] + x[-1]) / 2, -(y[0] + y[-1]) / 2, 140 - float(ct.z[bulk[-1]])]
 
 
-def real_patient(
-    folder: str | Path,
-    number: int,
-    *,
-    voxel_mm: float,
-    seed: int = 0,
-    set_up: SetUp = SetUp(),
-    physics: KVPhysics = KVPhysics(),
-    device: str = "cpu",
-) -> Patient:
-    """The same object from the real CT in `folder`; sessions and dose of Table 1's patient `number` (11 is 1 again).
+class Placed(NamedTuple):
+    """A CT in HU and bool `structures` (body always), as scanned but for their origin, which is the isocentre."""
 
-    Raises FileNotFoundError where there is no CT, ValueError for NaN, numbers that are no HU, or no head in it."""
-    folder = Path(folder)
-    grid, geometry, row = planning_grid(voxel_mm), kv_geometry(voxel_mm), _table1(number)
-    ct = check(read_nifti(folder / "ct.nii.gz"), units="HU", name=f"the CT of {folder.name}")
+    ct: xr.DataArray
+    structures: dict[str, xr.DataArray]
+
+    def on_grid(self, grid: dict) -> Placed:
+        """Both on the planning grid."""
+        ct = resample(self.ct, grid, fill=AIR_HU).astype(np.float32, keep_attrs=True)
+        return Placed(ct, {n: resample(v, grid, fill=False, order=0) for n, v in self.structures.items()})
+
+    def continued(self) -> xr.DataArray:
+        """The CT with its lowest slice repeated to below the kV's field."""
+        ct, step_mm = self.ct, spacing_mm(self.ct)[0]
+        below = math.ceil(max(0, float(ct.z[0]) + FIELD_MM[0] / 2 + 120) / step_mm)
+        longer = np.pad(ct.values, ((below, 0), (0, 0), (0, 0)), mode="edge")
+        z = float(ct.z[0]) + step_mm * np.arange(-below, ct.sizes["z"])
+        return volume(longer, z=z, y=ct.y.values, x=ct.x.values, units="HU")
+
+
+def place_ct(ct: xr.DataArray, structures: dict[str, xr.DataArray], name: str, isocentre_mm=None, lowest_hu: float = AIR_HU) -> Placed:
+    """A CT in HU with the isocentre at the origin. `structures`: by our names, each on its own grid. `name`: for errors.
+
+    `isocentre_mm` (x, y, z): where the plan has it; else the brainstem, or else the head, goes to where the phantom has it.
+    `lowest_hu`: what is below counts as it.
+    Raises ValueError for NaN, numbers that are no HU, or no patient."""
+    ct = check(ct, units="HU", name=name)
     low, high = float(ct.min()), float(ct.max())
     if not (-3100 <= low <= -500 and 200 <= high <= 33000):
         raise ValueError(
-            f"the CT of {folder.name}: expected HU (air near -1000, bone above 200), got {low:g} to {high:g}: "
+            f"{name}: expected HU (air near -1000, bone above 200), got {low:g} to {high:g}: "
             "apply the rescale slope and intercept first"
         )
-    ct, body, structures = ct.clip(AIR_HU, 3071, keep_attrs=True), body_of(ct), read_structures(folder)
+    ct = ct.clip(lowest_hu, 3071, keep_attrs=True)
+    body = structures["body"] if "body" in structures else body_of(ct)
     if not body.any():
-        raise ValueError(f"the CT of {folder.name}: expected a patient, got no connected tissue: check its units")
+        raise ValueError(f"{name}: expected a patient, got no connected tissue: check its units")
     tissue = float(np.median(ct.values[body.values]))
     if not -150 <= tissue <= 150:
-        raise ValueError(f"the CT of {folder.name}: expected HU (soft tissue near 0), got a median of {tissue:.0f} in the body: "
+        raise ValueError(f"{name}: expected HU (soft tissue near 0), got a median of {tissue:.0f} in the body: "
                          "check the rescale slope and intercept")
-    move_by = dict(zip("xyz", _at_isocentre(ct, body, structures)))
-    ct, body, *others = (
-        v.assign_coords({a: v[a] + move_by[a] for a in AXES}) for v in (ct, body, *structures.values())
-    )
-    below = math.ceil(max(0, float(ct.z[0]) + FIELD_MM[0] / 2 + 120) / spacing_mm(ct)[0])  # for the kV only
-    longer = np.pad(ct.values, ((below, 0), (0, 0), (0, 0)), mode="edge")
-    longer = volume(
-        longer,
-        z=float(ct.z[0]) + spacing_mm(ct)[0] * np.arange(-below, ct.sizes["z"]),
-        y=ct.y.values,
-        x=ct.x.values,
-        units="HU",
-    )
+    shift = _at_isocentre(ct, body, structures) if isocentre_mm is None else [-float(c) for c in isocentre_mm]
+    moved = lambda v: v.assign_coords({a: v[a] + s for a, s in zip("xyz", shift)})
+    return Placed(moved(ct), {n: moved(v) for n, v in ({"body": body} | structures).items()})
+
+
+def _draw_of_day(placed: Placed) -> Callable:
+    ct, longer = placed.ct, placed.continued()
 
     def draw_of_day(day: Day):
         knots = day_field(day)
@@ -197,8 +210,28 @@ def real_patient(
 
         return draw
 
+    return draw_of_day
+
+
+def patient_of(
+    placed: Placed,
+    number: int,
+    *,
+    kind: str,
+    source: str,
+    voxel_mm: float,
+    seed: int = 0,
+    set_up: SetUp = SetUp(),
+    physics: KVPhysics = KVPhysics(),
+    prescription: tuple[float, int] | None = None,
+    device: str = "cpu",
+) -> Patient:
+    """A Patient from one CT: its days and their kV are simulated, as many as Table 1's patient `number` has (11 is 1 again).
+
+    `kind`, `source`: the Patient's. `prescription`: dose in Gy and fractions, Table 1's where None. Raises ValueError without a head."""
+    grid, geometry, row = planning_grid(voxel_mm), kv_geometry(voxel_mm), _table1(number)
     sessions = _sessions(
-        draw_of_day,
+        _draw_of_day(placed),
         grid,
         number,
         row,
@@ -209,20 +242,37 @@ def real_patient(
         noise_hu=0.0,
         device=device,
     )
-    planned = {
-        "body": resample(body, grid, fill=False, order=0),
-        **{n: resample(v, grid, fill=False, order=0) for n, v in zip(structures, others)},
-    }
+    planned = placed.on_grid(grid)
+    dose_gy, fractions = prescription or table1_prescription(number)
     return Patient(
         number=number,
-        kind="real",
-        planning=resample(ct, grid, fill=AIR_HU).astype(np.float32, keep_attrs=True),
-        structures=planned,
+        kind=kind,
+        planning=planned.ct,
+        structures=planned.structures,
         sessions=sessions,
         geometry=geometry,
         physics=physics,
-        head_box=head_box(planned["body"]),
-        prescription_gy=float(row.total_dose_gy),
-        fractions=int(row.fractions),
-        source=folder.name,
+        head_box=head_box(planned.structures["body"]),
+        prescription_gy=dose_gy,
+        fractions=fractions,
+        source=source,
     )
+
+
+def real_patient(
+    folder: str | Path,
+    number: int,
+    *,
+    voxel_mm: float,
+    seed: int = 0,
+    set_up: SetUp = SetUp(),
+    physics: KVPhysics = KVPhysics(),
+    device: str = "cpu",
+) -> Patient:
+    """The same object from the real CT in `folder`; sessions and dose of Table 1's patient `number` (11 is 1 again).
+
+    Raises FileNotFoundError where there is no CT, ValueError for NaN, numbers that are no HU, or no head in it."""
+    folder = Path(folder)
+    placed = place_ct(read_nifti(folder / "ct.nii.gz"), read_structures(folder), f"the CT of {folder.name}")
+    return patient_of(placed, number, kind="real", source=folder.name, voxel_mm=voxel_mm, seed=seed, set_up=set_up, physics=physics,
+                      device=device)

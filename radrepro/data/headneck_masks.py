@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +30,21 @@ def structure_name(label: str) -> str | None:
     return next((name for name, pattern in NAMES if re.search(pattern, plain)), None)
 
 
-def read_structures(folder: Path) -> dict[str, xr.DataArray]:
-    """Bool Volumes by our names, on their own grid; of several targets a CTV before a PTV, then the highest dose."""
-    index = Path(folder) / "labels.json"
+def best_named(named: Iterable[tuple[str, xr.DataArray]]) -> dict[str, xr.DataArray]:
+    """Of (label, bool Volume) those with a name of ours, by it; of several targets a CTV before a PTV, then the highest dose. Empty ones do not count."""
     found: dict[str, tuple] = {}
+    for label, mask in named:
+        name, dose = structure_name(label), int((re.findall(r"\d+", label) or [0])[-1])
+        rank = (label.lower().startswith("ctv"), dose)
+        if name and mask.any() and (name not in found or rank > found[name][0]):
+            found[name] = (rank, mask)
+    return {name: mask for name, (_, mask) in found.items()}
+
+
+def read_structures(folder: Path) -> dict[str, xr.DataArray]:
+    """Bool Volumes by our names (`best_named`), on their own grid."""
+    index = Path(folder) / "labels.json"
+    named_masks = []
     try:
         named = json.loads(index.read_text()) if index.is_file() else {}
     except ValueError as e:
@@ -41,12 +53,8 @@ def read_structures(folder: Path) -> dict[str, xr.DataArray]:
     for file, labels in named.items():
         if file.endswith(".nii.gz") and isinstance(labels, dict):
             mask = read_nifti(Path(folder) / file, units="1")
-            for label, value in labels.items():
-                name, dose = structure_name(label), int((re.findall(r"\d+", label) or [0])[-1])
-                rank = (label.lower().startswith("ctv"), dose)
-                if name and (mask == value).any() and (name not in found or rank > found[name][0]):
-                    found[name] = (rank, like(mask.values == value, mask))
-    return {name: mask for name, (_, mask) in found.items()}
+            named_masks += [(label, like(mask.values == value, mask)) for label, value in labels.items() if structure_name(label)]
+    return best_named(named_masks)
 
 
 def body_of(ct: xr.DataArray) -> xr.DataArray:
@@ -57,4 +65,4 @@ def body_of(ct: xr.DataArray) -> xr.DataArray:
     return like(np.stack([ndimage.binary_fill_holes(s) for s in piece.astype(bool)]), ct, "1")
 
 # %% auto #0
-__all__ = ['NAMES', 'structure_name', 'read_structures', 'body_of']
+__all__ = ['NAMES', 'structure_name', 'best_named', 'read_structures', 'body_of']

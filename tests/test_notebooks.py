@@ -13,6 +13,7 @@ from nbdev.test import test_nb as run_notebook
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "nbs").rglob("[0-9]*.ipynb"))
+LESSONS = [p for p in NOTEBOOKS if p.parent.name != "guides"]  # a guide shows what others export, and exports nothing
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -68,9 +69,15 @@ def exported_and_shown(path: Path) -> tuple[set[str], str]:
     return {n for n in names if not n.startswith("_")}, "\n".join(c for c in cells if c not in exports)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
 def test_every_exported_name_is_in_a_lesson(path):
     names, lesson = exported_and_shown(path)
     assert names, f"{path.name} exports nothing"
     unseen = sorted(n for n in names if not re.search(rf"\b{n}\b", lesson))
     assert not unseen, f"{path.name} exports {unseen} without showing them: use them in a lesson cell, or make them private"
+
+
+@pytest.mark.parametrize("path", sorted(set(NOTEBOOKS) - set(LESSONS)), ids=lambda p: p.stem)
+def test_guides_export_nothing(path):
+    cells = json.loads(path.read_text())["cells"]
+    assert not [c for c in cells if "".join(c["source"]).lstrip().startswith(("#| export", "#| default_exp"))]

@@ -37,8 +37,8 @@ def _command(commands, name: str, help: str, example: str, more: str = "") -> ar
     return p
 
 
-def _sizes(p: argparse.ArgumentParser, preset: str) -> None:
-    p.add_argument("--preset", choices=list(PRESETS), default=preset, help=f"size of grid, models and training (default {preset})")
+def _sizes(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--preset", choices=list(PRESETS), default="laptop", help="size of grid, models and training (default laptop)")
     p.add_argument("--out-dir", type=Path, default=Path("out"), metavar="RUN",
                    help="where finished stages are kept, and read again (default out)")
     p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute (default auto)")
@@ -50,14 +50,27 @@ def _whole_number(text: str) -> int:
     return int(text)
 
 
+def _study(p: argparse.ArgumentParser, more: str = "") -> None:
+    p.add_argument("study", type=Path, metavar="STUDY", help=f"folder of a DICOM study{more}")
+
+
+def _planning(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--planning", metavar="DIGITS", help="the planning CT by its eight digits in `inspect`, where the study does not tell")
+
+
+def _models(p: argparse.ArgumentParser) -> None:
+    _planning(p)
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="of the training (default 0)")
+    p.add_argument("--model", choices=["fused", "fused_aligned"], default="fused",
+                   help="fused: as in the paper (default); fused_aligned: our extension, registration first")
+    _sizes(p)
+
+
 def _who(p: argparse.ArgumentParser) -> None:
     one = p.add_mutually_exclusive_group(required=True)
     one.add_argument("study", type=Path, nargs="?", metavar="STUDY", help="folder of a DICOM study")
     one.add_argument("--patient", type=_whole_number, metavar="N", help="or patient N of a built-in cohort")
-    p.add_argument("--planning", metavar="DIGITS", help="the planning CT by its eight digits in `inspect`, where the study does not tell")
-    p.add_argument("--seed", type=int, default=0, metavar="N", help="of the training (default 0)")
-    p.add_argument("--model", choices=["fused", "fused_aligned"], default="fused",
-                   help="fused: as in the paper (default); fused_aligned: our extension, registration first")
+    _models(p)
 
 
 def _identified(p: argparse.ArgumentParser) -> None:
@@ -68,14 +81,14 @@ def _identified(p: argparse.ArgumentParser) -> None:
 def _own_data_commands(commands) -> None:
     p = _command(commands, "inspect", "say what a DICOM study holds, what of it is used, and why the rest is not", "inspect clinic/study",
                  "Nothing is written. Objects go by eight digits that stand for their UIDs.")
-    p.add_argument("study", type=Path, metavar="STUDY", help="folder of a DICOM study, searched with all folders in it")
-    p.add_argument("--planning", metavar="DIGITS", help="the planning CT by its eight digits, where the study does not tell")
+    _study(p, ", searched with all folders in it")
+    _planning(p)
     p.set_defaults(run="data.inspect")
     p = _command(commands, "ingest", "copy a DICOM study without what identifies the patient",
                  "ingest clinic/study deidentified/01 --secret-file secret.txt",
                  "By DICOM PS3.15's basic profile with an allow list; dates are moved, UIDs replaced. Pictures are not\n"
                  "cleaned: files with burned-in text are left out, faces stay. Exit code 1 where a file was left out.")
-    p.add_argument("study", type=Path, metavar="STUDY", help="folder of a DICOM study")
+    _study(p)
     p.add_argument("out", type=Path, metavar="OUT", help="a new folder for the copy")
     p.add_argument("--secret-file", type=Path, metavar="FILE",
                    help="secret of the new UIDs, made where there is no such file: one secret lets later visits join the first. "
@@ -99,31 +112,27 @@ def _model_commands(commands) -> None:
                  "fit clinic/study --preset laptop --out-dir run",
                  "Finished stages are kept in RUN: the same command again reads them, and after an interruption it goes on.")
     _who(p)
-    _sizes(p, "laptop")
     p.set_defaults(run="patient.fit")
     p = _command(commands, "synthesise", "make a CT of the day from a kV pair, as a DICOM series",
                  "synthesise clinic/study sct --preset laptop --out-dir run",
                  "From each kV pair of a day without a CT, else from the pair of the last day. Trains what `fit` has not\n"
                  "trained yet. Needs measured kV pairs on two days with a CT.")
-    p.add_argument("study", type=Path, metavar="STUDY", help="folder of a DICOM study with kV pairs")
+    _study(p, " with kV pairs")
     p.add_argument("out", type=Path, metavar="OUT", help="a new folder for the series")
-    p.add_argument("--planning", metavar="DIGITS", help="the planning CT by its eight digits in `inspect`, where the study does not tell")
-    p.add_argument("--seed", type=int, default=0, metavar="N", help="of the training (default 0)")
-    p.add_argument("--model", choices=["fused", "fused_aligned"], default="fused", help="as in `fit`")
-    _sizes(p, "laptop")
+    _models(p)
     _identified(p)
     p.set_defaults(run="patient.synthesise")
     p = _command(commands, "imagine", "make a 4DCT from one CT and breathing traces",
                  "imagine clinic/study 4dct --weights run --trace breathing.csv",
                  "The model moves the CT to each phase of the mean breath of a trace. Phase 0 is full inhale. The fields are\n"
                  "written beside the CTs as deformable registrations.")
-    p.add_argument("study", type=Path, metavar="STUDY", help="folder of a DICOM study with a CT of the thorax")
+    _study(p, " with a CT of the thorax")
     p.add_argument("out", type=Path, metavar="OUT", help="a new folder for the series")
     p.add_argument("--weights", type=Path, required=True, metavar="RUN",
                    help="--out-dir of a run of the tables, or the folder of one model in it")
     p.add_argument("--model", choices=["cvae_slice", "cvae_global", "ldm_extension", "ldm_paper"], default="cvae_slice",
                    help="which model of the run (default cvae_slice)")
-    p.add_argument("--planning", metavar="DIGITS", help="the CT by its eight digits in `inspect`, where there are several")
+    _planning(p)
     p.add_argument("--trace", type=Path, metavar="FILE", help="breathing during the CT (CSV, VXP or DICOM; default: the study's)")
     p.add_argument("--scan-start-s", type=float, metavar="S",
                    help="when the first slice was seen, in the trace's time; without it the CT counts as one at end of exhale")
@@ -143,7 +152,6 @@ def _model_commands(commands) -> None:
     p.add_argument("--site", choices=["head-neck", "thorax"], default="head-neck",
                    help="thorax: breathing motion of phantom --patient N, by the models in --weights (default head-neck)")
     p.add_argument("--weights", type=Path, metavar="RUN", help="for a thorax: --out-dir of a run of the tables at the same preset")
-    _sizes(p, "laptop")
     p.set_defaults(run="patient.report")
 
 
@@ -151,7 +159,7 @@ def _paper_commands(commands) -> None:
     for name, what in (("tables", "every table"), ("figures", "every figure")):
         p = _command(commands, name, f"compute {what} of both papers", f"{name} --preset quick --out-dir run",
                      f"Runs the notebook {name}.ipynb as `make {name}` does; the page is RUN/{name}.html.")
-        _sizes(p, "laptop")
+        _sizes(p)
         p.add_argument("--cohort", choices=["phantom", "real", "clinical"], default="phantom", help="whose patients (default phantom)")
         p.add_argument("--data-dir", default="", metavar="PATH", help="folder of real data (or the variable RADREPRO_DATA)")
         p.add_argument("--seeds", type=_whole_number, default=1, metavar="N", help="how many seeds of every training (default 1)")

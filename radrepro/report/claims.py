@@ -230,7 +230,7 @@ def headline(rows: pd.DataFrame) -> pd.DataFrame:
         steps = next((d for d in ("", ", 5 steps") if len(inside(model, ", swapped trace" + d))), "")  # of both, as few
         below(f"B: the trace of another scan is worse, {model}", inside(model, steps), inside(model, ", swapped trace" + steps), "", least=0.8, digits=4,
               reason=few)
-    parts = {m: inside(m) for m in rows.model.unique() if m.startswith("ldm_short")}
+    parts = {m: column("B", 4, "masked_mse", "lung + 10 mm", m) for m in rows.model.unique() if m.startswith("ldm_short")}
     if parts:
         add("B: the extension after a short training, whole and without one part each, lowers the masked MSE",
             ", ".join(f"{m.removeprefix('ldm_')} {100 * (1 - v.mean() / none.mean()):.1f} %" for m, v in parts.items()), None)

@@ -223,7 +223,7 @@ def fan_out(tasks: list[Task], *, workers: int | None = None, label: str = "run"
         n = min(workers or CPU_COUNT, len(tasks))
         # dask's own setting also shrinks malloc's thresholds, so that every large tensor is mapped anew: training takes thrice as long.
         one_thread = {k: "1" for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-        quiet = dict(dashboard_address=None, memory_limit=0, silence_logs=50)
+        quiet = dict(dashboard_address=None, scheduler_kwargs={"dashboard_address": "127.0.0.1:0"}, memory_limit=0, silence_logs=50)  # any free port
         with dask.config.set({"distributed.nanny.pre-spawn-environ": one_thread}), \
                 LocalCluster(n_workers=n, threads_per_worker=1, **quiet) as cluster, Client(cluster) as client:
             client.subscribe_topic("radrepro", lambda event: bar.show(*event[1]))

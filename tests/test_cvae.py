@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from radrepro.core.warp import exp_velocity
-from radrepro.ct5d.cvae import CVAE, CVAEConfig, CVAEOutput, integrate, load, loss, save
+from radrepro.core.warp import exp_velocity, integrate
+from radrepro.ct5d.cvae import CVAE, CVAEConfig, CVAEOutput, load, save
+from radrepro.ct5d.cvae_loss import loss
 
 SHAPE, SPACING_MM = (12, 14, 10), (5.0, 4.0, 6.0)
 

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from radrepro.core.volume import to_tensor
-from radrepro.core.warp import warp
+from radrepro.core.warp import integrate, warp
 from radrepro.ct5d import fit as ct5d_fit
 from radrepro.ct5d import stages
-from radrepro.ct5d.cvae import CVAE, CVAEConfig, CVAEOutput, Prediction, gaussian_kl, integrate, load, loss
+from radrepro.ct5d.cvae import CVAE, CVAEConfig, CVAEOutput, Prediction, load
+from radrepro.ct5d.cvae_loss import gaussian_kl, loss
 from radrepro.ct5d.evaluate import draw_pairs, make_pair
 from radrepro.ct5d.fit import train_cvae, write_scans
 from radrepro.ct5d.studies import (

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 # %% auto #0
-__all__ = ['warp', 'compose', 'exp_velocity', 'Warp', 'exp_warp', 'jacobian_determinant', 'upsample_field']
+__all__ = ['warp', 'compose', 'exp_velocity', 'Warp', 'exp_warp', 'jacobian_determinant', 'upsample_field', 'integrate']
 
 # %% ../../nbs/core/03_warp.ipynb #e9b90685
 _CPU_SLAB_VOXELS = 2**18  # for each thread: fits a cache
@@ -161,3 +161,18 @@ def upsample_field(field_mm: torch.Tensor, size) -> torch.Tensor:
     """`field_mm` (b, 3, z, y, x) on `size` (z, y, x) voxels over the same box, linear, values unchanged in mm."""
     _check_field(field_mm, (1, 1, 1), "field_mm")
     return F.interpolate(_fp32(field_mm), size=tuple(size), mode="trilinear", align_corners=False)
+
+# %% ../../nbs/core/03_warp.ipynb #25420a31
+def integrate(velocity_mm: torch.Tensor, shape, spacing_mm, *, stride: int, squarings: int = 7) -> torch.Tensor:
+    """The displacement exp(v) in mm, (b, 3, *shape), of a velocity (b, 3, z', y', x') given on every `stride`-th voxel.
+
+    `shape`, `spacing_mm` (z, y, x): of the picture to be moved. Both grids begin at the same corner; the velocity's
+    may end later (padding), never earlier: ValueError."""
+    padded = [n * stride for n in velocity_mm.shape[2:]]
+    if any(n < wanted for n, wanted in zip(padded, shape)):
+        raise ValueError(f"velocity_mm: expected a field that covers {tuple(shape)} voxels, got {tuple(padded)}: "
+                         "check shape and stride")
+    displacement_mm = exp_velocity(velocity_mm, [s * stride for s in spacing_mm], squarings=squarings)
+    if stride > 1:
+        displacement_mm = upsample_field(displacement_mm, padded)
+    return displacement_mm[:, :, :shape[0], :shape[1], :shape[2]]

@@ -15,11 +15,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from ..core.warp import exp_velocity, upsample_field, warp
+from ..core.warp import integrate, warp
 
 # %% auto #0
-__all__ = ['CVAEConfig', 'integrate', 'BellowsEncoder', 'SliceEncoder', 'CVAEOutput', 'Prediction', 'CVAE', 'gaussian_kl', 'Loss',
-           'loss', 'save', 'load']
+__all__ = ['CVAEConfig', 'BellowsEncoder', 'SliceEncoder', 'CVAEOutput', 'Prediction', 'CVAE', 'save', 'load']
 
 # %% ../../nbs/ct5d/61_cvae.ipynb #91e66419
 @dataclass(frozen=True)
@@ -67,21 +66,6 @@ class CVAEConfig:
     def velocity_shape(self) -> tuple[int, int, int]:
         """Shape (z', y', x') of the velocity field."""
         return tuple(n // self.velocity_stride for n in self.padded)
-
-# %% ../../nbs/ct5d/61_cvae.ipynb #25420a31
-def integrate(velocity_mm: torch.Tensor, shape, spacing_mm, *, stride: int, squarings: int = 7) -> torch.Tensor:
-    """The displacement exp(v) in mm, (b, 3, *shape), of a velocity (b, 3, z', y', x') given on every `stride`-th voxel.
-
-    `shape`, `spacing_mm` (z, y, x): of the picture to be moved. Both grids begin at the same corner; the velocity's
-    may end later (padding), never earlier: ValueError."""
-    padded = [n * stride for n in velocity_mm.shape[2:]]
-    if any(n < wanted for n, wanted in zip(padded, shape)):
-        raise ValueError(f"velocity_mm: expected a field that covers {tuple(shape)} voxels, got {tuple(padded)}: "
-                         "check shape and stride")
-    displacement_mm = exp_velocity(velocity_mm, [s * stride for s in spacing_mm], squarings=squarings)
-    if stride > 1:
-        displacement_mm = upsample_field(displacement_mm, padded)
-    return displacement_mm[:, :, :shape[0], :shape[1], :shape[2]]
 
 # %% ../../nbs/ct5d/61_cvae.ipynb #76fc9590
 class BellowsEncoder(nn.Module):
@@ -264,40 +248,6 @@ class CVAE(nn.Module):
 
 def _noise(shape, generator: torch.Generator) -> torch.Tensor:
     return torch.randn(shape, generator=generator, device=generator.device)
-
-# %% ../../nbs/ct5d/61_cvae.ipynb #64fe12f3
-def gaussian_kl(mu: torch.Tensor, logvar: torch.Tensor, prior_mu: torch.Tensor, prior_logvar: torch.Tensor) -> torch.Tensor:
-    """KL(N(mu, sigma) || N(prior_mu, prior_sigma)) in nats, (b,), of diagonal Gaussians; means and log sigma^2 are (b, latent_dim)."""
-    # 1/2 sum(((mu - mu_p)^2 + sigma^2) / sigma_p^2 - 1 - log(sigma^2 / sigma_p^2))
-    return 0.5 * (((mu - prior_mu)**2 + logvar.exp()) * (-prior_logvar).exp() - 1 - (logvar - prior_logvar)).sum(1)
-
-
-class Loss(NamedTuple):
-    """`total` = `mse` + kl_weight * `kl`, scalars; the KL is in nats."""
-
-    total: torch.Tensor
-    mse: torch.Tensor
-    kl: torch.Tensor
-
-
-def loss(output: CVAEOutput, moving: torch.Tensor, fixed: torch.Tensor, *, config: CVAEConfig, spacing_mm,
-         kl_weight: float = 1e-4, coarse: int = 1) -> Loss:
-    """The objective of Paper B, section 2.2, as mean square error plus `kl_weight` times the KL.
-
-    `moving`, `fixed`: (b, 1, z, y, x) in 0..1. `coarse`: both are averaged over this many voxels along each axis
-    first; it divides the velocity's stride, or is 1 (ValueError else)."""
-    if coarse < 1 or config.velocity_stride % coarse:
-        raise ValueError(f"coarse: expected a divisor of the velocity's stride {config.velocity_stride}, got {coarse}: "
-                         "use 1")
-    if coarse > 1:
-        moving, fixed = F.avg_pool3d(moving, coarse), F.avg_pool3d(fixed, coarse)
-    spacing_mm = [s * coarse for s in spacing_mm]
-    stride = config.velocity_stride // coarse
-    displacement_mm = integrate(output.velocity_mm, moving.shape[2:], spacing_mm, stride=stride,
-                                squarings=config.squarings)
-    mse = F.mse_loss(warp(moving, displacement_mm, spacing_mm), fixed)
-    kl = gaussian_kl(*output[1:]).mean()
-    return Loss(mse + kl_weight * kl, mse, kl)
 
 # %% ../../nbs/ct5d/61_cvae.ipynb #7b85e35a
 def save(model: CVAE, path: str | Path) -> Path:

@@ -12,7 +12,8 @@ import torch
 import xarray as xr
 
 from ..core.volume import read_zarr, write_zarr
-from .cvae import CVAE, CVAEConfig, loss, save
+from .cvae import CVAE, CVAEConfig, save
+from .cvae_loss import loss
 from .linear import LinearMotion, population_model
 from ..data.cohorts import ThoraxCase
 from ..train.loop import Schedule, fit

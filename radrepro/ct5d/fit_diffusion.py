@@ -11,9 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from ..core.warp import warp
+from ..core.warp import integrate, warp
 from .autoencoder import CTAutoencoder, autoencoder_loss
-from .cvae import integrate
 from .fit import COARSE_SHARE, Pairs
 from .pipeline import VARIANTS, BreathingPipeline, Variant, VelocityHead, ddim
 from .unet import PseudoUNet, TraceEncoder

@@ -13,9 +13,8 @@ from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  diffusers 
 from torch import nn
 from torch.nn import functional as F
 
-from ..core.warp import warp
+from ..core.warp import integrate, warp
 from .autoencoder import CTAutoencoder, StoredModel
-from .cvae import integrate
 from .unet import PseudoUNet, TraceEncoder
 
 # %% auto #0

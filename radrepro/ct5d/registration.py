@@ -10,8 +10,7 @@ import xarray as xr
 from torch.nn import functional as F
 
 from ..core.volume import AXES, check, from_tensor, like, spacing_mm, to_tensor, volume
-from ..core.warp import upsample_field, warp
-from .cvae import integrate
+from ..core.warp import integrate, upsample_field, warp
 
 # %% auto #0
 __all__ = ['smoothness', 'Registered', 'register']

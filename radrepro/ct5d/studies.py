@@ -15,7 +15,8 @@ import torch
 
 from ..core.volume import from_tensor, spacing_mm, to_tensor
 from ..core.warp import jacobian_determinant
-from .cvae import CVAE, gaussian_kl
+from .cvae import CVAE
+from .cvae_loss import gaussian_kl
 from .evaluate import Pair, draw_pairs, make_pair
 from .fit import train_cvae
 from .stages import read_model, scan_folder

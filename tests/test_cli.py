@@ -9,18 +9,22 @@ import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
+import numpy as np
 import pydicom
 import pytest
+import torch
 
 from radrepro.cli import data, pages
 from radrepro.cli.answers import EXIT_CODES
 from radrepro.cli.grammar import make_parser
 from radrepro.cli.main import main
-from radrepro.cli.patient import StudyCase
+from radrepro.cli.patient import StudyCase, in_planning_frame
 from radrepro.cli.series import join_study
-from radrepro.data.export import export_headneck
+from radrepro.data.export import GANTRY_DEG, export_headneck
 from radrepro.data.headneck import phantom_patient
 from radrepro.data.manifests_files import write_manifest
+from radrepro.data.study import Study, StudyCT
+from radrepro.dose.protons import PlanSize
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = make_parser()._subparsers._group_actions[0].choices
@@ -212,3 +216,17 @@ def test_a_copy_keeps_the_kv_pairs(clinic):
     pairs = [pair for ct in StudyCase(str(clinic / "copy")).study.cts for pair in ct.kvs]
     assert len(pairs) == len(taken)
     assert all(min(max(abs(view.image.values - kv[i]).max() for i, view in enumerate(pair)) for kv in taken) < 1e-3 for pair in pairs)
+
+
+def test_a_synthetic_ct_lies_where_the_planning_ct_lies():
+    patient, shift_mm = phantom_patient(1, voxel_mm=8), {"z": 123.0, "y": -40.0, "x": 16.0}
+    carried = lambda v: v.assign_coords({a: v[a] + mm for a, mm in shift_mm.items()})
+    planning = StudyCT("01234567", 0, carried(patient.planning), {"body": carried(patient.structures["body"])}, np.eye(4))
+    study = Study((planning,), None, None, tuple(shift_mm[a] for a in "xyz"), (), (), (), {})
+    sct = in_planning_frame(torch.from_numpy(patient.planning.values).float(), patient, study)
+    at = sct.sel({a: planning.ct[a] for a in "zyx"}, method="nearest")
+    assert all(np.allclose(at[a], planning.ct[a], atol=0.01) for a in "zyx") and np.allclose(at, planning.ct, atol=0.5)
+
+
+def test_an_exported_plan_has_the_fields_that_dose_is_computed_for():
+    assert GANTRY_DEG == PlanSize().gantry_angles_deg

@@ -110,32 +110,11 @@ def test_a_bead_lands_where_the_projector_puts_it(tmp_path, position, gantry):
 def test_a_receptor_that_is_turned_or_read_out_otherwise(tmp_path):
     lands = seen_by_machine("HFS", 20)
     first = np.array([-(SHAPE[1] - 1) / 2, -(SHAPE[0] - 1) / 2]) * PITCH
-    upward = read_kv(
-        write_rt_image(
-            tmp_path / "i.dcm",
-            "HFS",
-            20,
-            shift_mm=(0, 0),
-            RTImagePosition=first.tolist(),
-            RTImageOrientation=[1, 0, 0, 0, 1, 0],
-            **grey(spot(lands, first, (PITCH, PITCH))),
-        )
-    )
-    np.testing.assert_allclose(darkest(upward), expected(upward), atol=0.51)
     quarter = np.array([lands[1], -lands[0]])  # in a receptor turned by 90 degrees
-    turned = read_kv(
-        write_rt_image(
-            tmp_path / "i.dcm",
-            "HFS",
-            20,
-            shift_mm=(0, 0),
-            RTImagePosition=first.tolist(),
-            RTImageOrientation=[1, 0, 0, 0, 1, 0],
-            XRayImageReceptorAngle=90.0,
-            **grey(spot(quarter, first, (PITCH, PITCH))),
-        )
-    )
-    np.testing.assert_allclose(darkest(turned), expected(turned), atol=0.51)
+    upward = {"shift_mm": (0, 0), "RTImagePosition": first.tolist(), "RTImageOrientation": [1, 0, 0, 0, 1, 0]}
+    for where, more in ((lands, {}), (quarter, {"XRayImageReceptorAngle": 90.0})):
+        kv = read_kv(write_rt_image(tmp_path / "i.dcm", "HFS", 20, **upward, **more, **grey(spot(where, first, (PITCH, PITCH)))))
+        np.testing.assert_allclose(darkest(kv), expected(kv), atol=0.51)
 
 
 def write_x_ray(path, source_deg, sop=uid.DigitalXRayImageStorageForPresentation, flip_u=False, **more):

@@ -208,3 +208,15 @@ def test_the_tumour_is_followed_from_scan_to_scan(patient):
         assert what == "tumour" and np.allclose(followed(patient.displacement(moving, fixed), p), q, atol=1.0)
     unknown = replace(patient, tumour_mm=None)
     assert point_to_follow(unknown, patient.scans[0]) == ("point on the diaphragm", diaphragm_point(patient.lung_mask_in(patient.scans[0])))
+
+
+def test_the_tumour_is_where_amplitude_and_rate_say(patient):
+    still = [like(np.zeros_like(v.values), v) for v in (patient.alpha_mm, patient.beta_mm)]
+    for field in ("alpha_mm", "beta_mm"):
+        mm = np.array([5.0, -3.0, 2.0])
+        pushed = like(np.broadcast_to(mm[:, None, None, None].astype(np.float32), still[0].shape).copy(), still[0])
+        one = replace(patient, **({"alpha_mm": still[0], "beta_mm": still[1]} | {field: pushed}))
+        told = [s.amplitude if field == "alpha_mm" else s.rate for s in patient.scans]
+        moved = np.array([point_to_follow(one, s)[1] for s in patient.scans]) - patient.tumour_mm
+        amount = np.array([np.interp(z, t.z, t) for z, t in zip(moved[:, 0] + patient.tumour_mm[0], told)])
+        assert np.ptp(amount) > 0.2 and np.allclose(moved, amount[:, None] * mm, atol=0.05)

@@ -18,7 +18,7 @@ from radrepro.core.dicom_kv import POSITIONS, kv_views, read_kv
 from radrepro.core.dicom_rt import Beam, frame_id, read_dose, read_plan, read_registration
 from radrepro.core.dicom_series import find_series
 from radrepro.core.dicom_structures import read_structures
-from radrepro.core.dicom_write import Referenced, Study, Subject, referenced, write_4dct, write_ct
+from radrepro.core.dicom_write import Referenced, StudyHeader, Subject, referenced, write_4dct, write_ct
 from radrepro.core.dicom_write_plan import write_dose, write_kv, write_plan
 from radrepro.core.dicom_write_rt import write_deformation, write_registration, write_sct, write_structures
 from radrepro.core.dicom_write_study import write_imagined, write_study
@@ -52,7 +52,7 @@ def masks_on(ct, seed=1):
 
 def write_everything(root, position="HFS", seed="all"):
     """One of each kind of object; returns ({name: Referenced}, {name: what went in})."""
-    study, rng, ct = Study(seed=seed, made=MADE), np.random.default_rng(5), random_ct()
+    study, rng, ct = StudyHeader(seed=seed, made=MADE), np.random.default_rng(5), random_ct()
     kv = rng.uniform(0, 5, (2, 20, 30))
     kv = xr.DataArray(kv, dims=("view", "v", "u"), coords={"view": GEOMETRY.views, "v": GEOMETRY.v_mm, "u": GEOMETRY.u_mm})
     put = {"ct": ct, "masks": masks_on(ct), "dose": like(rng.uniform(0, 60, ct.shape), ct, "Gy"), "kv": kv,
@@ -192,7 +192,7 @@ def test_a_trace_comes_back(tmp_path, start_s):
     for units, scale in (("1", 1), ("mm", 14.2)):
         trace = scale * synthetic_trace(30, seed=4)
         trace = trace.assign_attrs(units=units).assign_coords(time=trace.time + start_s)
-        file = write_trace(trace, tmp_path / f"{units}.dcm", Study()).files[0]
+        file = write_trace(trace, tmp_path / f"{units}.dcm", StudyHeader()).files[0]
         if units == "mm":
             found = read_waveform(file, normalise=False)
             np.testing.assert_allclose(found, trace, atol=scale * np.ptp(trace.values) / 131000)
@@ -206,7 +206,7 @@ def test_a_phantom_patient_comes_back_from_a_whole_study(tmp_path):
     p = phantom_patient(2, voxel_mm=8)
     days = p.sessions[-2:]
     kvs = {f"{s.name} kV": s.kvs[0] for s in days}
-    w = write_study(tmp_path, Study(), planning=p.planning, structures=p.structures, cts={s.name: s.ct for s in days}, kvs=kvs,
+    w = write_study(tmp_path, StudyHeader(), planning=p.planning, structures=p.structures, cts={s.name: s.ct for s in days}, kvs=kvs,
                     geometry=p.geometry, prescription_gy=p.prescription_gy, fractions=p.fractions, gantry_angles_deg=(60, 180, 300))
     for name, ct in [("planning", p.planning), *((s.name, s.ct) for s in days)]:
         found = read_ct(w[name].files)
@@ -230,10 +230,10 @@ def test_a_phantom_patient_comes_back_from_a_whole_study(tmp_path):
 def test_an_imagined_phase_is_the_ct_pulled_by_its_field(tmp_path, position):
     """From the files alone, by the standard's own equation: source point = registered point + vector."""
     ct, rng = random_ct(6, (8, 13, 11)), np.random.default_rng(6)
-    source = write_ct(ct, tmp_path / "ct", Study(synthetic=False), position=position)
+    source = write_ct(ct, tmp_path / "ct", StudyHeader(synthetic=False), position=position)
     fields = {p: volume(rng.normal(0, 3, (3, *ct.shape)), **{a: ct[a].values for a in AXES}, units="mm") for p in (0, 30)}
     phases = {p: (from_tensor(warp(to_tensor(ct), to_tensor(u), spacing_mm(ct)), ct), u) for p, u in fields.items()}
-    w = write_imagined(phases, tmp_path / "4d", Study(), source=source, trace=synthetic_trace(20, seed=1), position=position)
+    w = write_imagined(phases, tmp_path / "4d", StudyHeader(), source=source, trace=synthetic_trace(20, seed=1), position=position)
     assert sorted(w) == ["field 0", "field 30", "phase 0", "phase 30", "trace"]
     given = read_ct(source.files)
     for p in fields:
@@ -248,9 +248,9 @@ def test_an_imagined_phase_is_the_ct_pulled_by_its_field(tmp_path, position):
 
 def test_a_long_contour_keeps_its_type(tmp_path):
     ct = random_ct(0, (2, 90, 91))
-    w = write_ct(ct, tmp_path / "ct", Study())
+    w = write_ct(ct, tmp_path / "ct", StudyHeader())
     sieve = like(np.random.default_rng(1).random(ct.shape) < 0.85, ct, "1")  # one polygon with a thousand holes
-    file = write_structures({"sieve": sieve}, tmp_path / "rs.dcm", Study(), ct=w).files[0]
+    file = write_structures({"sieve": sieve}, tmp_path / "rs.dcm", StudyHeader(), ct=w).files[0]
     contours = [c for r in pydicom.dcmread(file).ROIContourSequence for c in r.ContourSequence]
     assert max(len("\\".join(map(str, c.ContourData))) for c in contours) > 65536
     assert {c["ContourData"].VR for c in contours} == {"DS"}
@@ -327,8 +327,8 @@ def test_everything_says_what_it_is_and_points_at_what_is_there(written):
 
 def test_nothing_of_a_source_is_kept(tmp_path):
     source = tmp_path / "source"
-    first = write_ct(random_ct(), source, Study(Subject("CANARY-7", "Canary^Carla"), seed="s", made=datetime(1999, 1, 9)))
-    joined = Study(seed="j", made=MADE, study_uid=first.study_uid)
+    first = write_ct(random_ct(), source, StudyHeader(Subject("CANARY-7", "Canary^Carla"), seed="s", made=datetime(1999, 1, 9)))
+    joined = StudyHeader(seed="j", made=MADE, study_uid=first.study_uid)
     found = referenced(find_series(source).series[0])
     assert found == first
     s = write_ct(random_ct(2), tmp_path / "sct", joined, frame_uid=found.frame_uid, sources=[found])
@@ -346,12 +346,12 @@ def test_nothing_of_a_source_is_kept(tmp_path):
 
 def test_uids_follow_the_seed_and_the_voxels(tmp_path):
     ct = random_ct()
-    uids = [write_ct(v, tmp_path / str(i), Study(seed=seed)).sop_uids
+    uids = [write_ct(v, tmp_path / str(i), StudyHeader(seed=seed)).sop_uids
             for i, (v, seed) in enumerate(((ct, "a"), (ct, "a"), (ct, "b"), (ct.copy(data=ct.values + 1), "a")))]
     assert uids[0] == uids[1] and not set(uids[0]) & (set(uids[2]) | set(uids[3]))
-    assert Study().uid("x") != Study().uid("x")
+    assert StudyHeader().uid("x") != StudyHeader().uid("x")
     with pytest.raises(FileExistsError, match="new folder"):
-        write_ct(ct, tmp_path / "0", Study())
+        write_ct(ct, tmp_path / "0", StudyHeader())
 
 
 @settings(max_examples=25, deadline=None)
@@ -359,7 +359,7 @@ def test_uids_follow_the_seed_and_the_voxels(tmp_path):
 def test_any_spacing_and_origin(tmp_path_factory, step, origin, position, low):
     ct = random_ct(3, (3, 4, 5), step, origin)
     ct.values[0, 0, 0] = low - 0.3
-    s = write_ct(ct, tmp_path_factory.mktemp("any"), Study(seed="h"), position=position)
+    s = write_ct(ct, tmp_path_factory.mktemp("any"), StudyHeader(seed="h"), position=position)
     found = read_ct(s.files)
     assert abs(found.values - ct.values).max() <= 0.501
     assert_same_place(found, ct, 1e-6)
@@ -386,7 +386,7 @@ def test_any_mask_comes_back_from_its_outline(rows, columns, seed, share):
 
 
 def test_what_does_not_fit_is_refused(tmp_path):
-    ct, study = random_ct(), Study(seed="r")
+    ct, study = random_ct(), StudyHeader(seed="r")
     on = Referenced("1.2", "1.3", "1.4", "1.2.840.10008.5.1.4.1.1.2", tuple(f"1.5.{i}" for i in range(4)), tuple(ct.z.values))
     other = on._replace(frame_uid="1.9")
     wide, shifted = like(ct.values * 100, ct), like(ct.values > 0, ct).assign_coords(z=ct.z + 0.5)

@@ -11,7 +11,7 @@ from pydicom.dataset import Dataset
 
 from ..core.dicom import element, open_dicom
 from ..core.dicom_series import find_series, short_uid
-from ..core.dicom_write import Referenced, Study, Subject, referenced
+from ..core.dicom_write import Referenced, StudyHeader, Subject, referenced
 
 # %% auto #0
 __all__ = ['names_nobody', 'Joined', 'join_study']
@@ -28,7 +28,7 @@ def names_nobody(ds: Dataset) -> bool:
 class Joined(NamedTuple):
     """A study to write into: `study` with the patient and DICOM study of the CT `source`, and how the patient lay in it (HFS ...)."""
 
-    study: Study
+    study: StudyHeader
     source: Referenced
     position: str
 
@@ -48,4 +48,4 @@ def join_study(folder: str | Path, ct: str, *, identified: bool = False) -> Join
                          "`radrepro ingest` it first, or pass --identified to write the patient's own name, number and UIDs")
     text = lambda keyword: element(ds, keyword, str, file=path, default="")
     subject = Subject(text("PatientID"), str(ds.get("PatientName", "")))
-    return Joined(Study(subject, study_uid=source.study_uid), source, text("PatientPosition") or "HFS")
+    return Joined(StudyHeader(subject, study_uid=source.study_uid), source, text("PatientPosition") or "HFS")

@@ -24,8 +24,8 @@ from .dicom_series import Series
 from .volume import AXES, check, spacing_mm
 
 # %% auto #0
-__all__ = ['Subject', 'Study', 'Referenced', 'referenced', 'Planes', 'planes', 'decimals', 'new_object', 'save', 'fingerprint',
-           'reference', 'fill_pixels', 'code', 'write_ct', 'write_4dct']
+__all__ = ['Subject', 'StudyHeader', 'Referenced', 'referenced', 'Planes', 'planes', 'decimals', 'new_object', 'save',
+           'numbers_id', 'reference', 'fill_pixels', 'code', 'write_ct', 'write_4dct']
 
 # %% ../../nbs/core/01_dicom_write.ipynb #f6037ebb
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Study:
+class StudyHeader:
     """What all objects of one export share.
 
     `synthetic`: False where the voxels were measured and only resampled. `seed`: of all UIDs. `made`: when it was written.
@@ -119,8 +119,8 @@ def decimals(values) -> list[DS]:
     return [DS(float(v), auto_format=True) for v in np.ravel(values)]
 
 # %% ../../nbs/core/01_dicom_write.ipynb #3d897820
-def new_object(study: Study, sop_class_uid: str, modality: str, *, sop_uid: str, series_uid: str, series_number: int, description: str,
-               frame_uid: str) -> Dataset:
+def new_object(study: StudyHeader, sop_class_uid: str, modality: str, *, sop_uid: str, series_uid: str, series_number: int,
+               description: str, frame_uid: str) -> Dataset:
     """A data set with patient, study, series, frame of reference and equipment, to be filled and given to `save`.
 
     `description`: what it is, in a few words; the study's label is put before it."""
@@ -159,7 +159,7 @@ def save(ds: Dataset, path: str | Path) -> Path:
     return path
 
 
-def fingerprint(*arrays) -> str:
+def numbers_id(*arrays) -> str:
     """A name for numbers, to make UIDs of: other numbers give another one."""
     digest = hashlib.sha256()
     for a in arrays:
@@ -222,8 +222,9 @@ def _as_stored(ct: xr.DataArray, name: str) -> int:
     return intercept
 
 
-def write_ct(ct: xr.DataArray, folder: str | Path, study: Study, *, frame_uid: str = "", position: str = "HFS", description: str = "CT",
-             sources: Sequence[Referenced] = (), series_number: int = 1, phase: tuple[int, int] | None = None) -> Referenced:
+def write_ct(ct: xr.DataArray, folder: str | Path, study: StudyHeader, *, frame_uid: str = "", position: str = "HFS",
+             description: str = "CT", sources: Sequence[Referenced] = (), series_number: int = 1,
+             phase: tuple[int, int] | None = None) -> Referenced:
     """Write a CT in HU as one file per slice, `ct_0001.dcm` onwards in `folder`; returns what others need to point at it.
 
     `frame_uid`: of the frame that the voxels lie in, "" for a new one (then write a registration to the source too).
@@ -232,7 +233,7 @@ def write_ct(ct: xr.DataArray, folder: str | Path, study: Study, *, frame_uid: s
     16 bits, or an unknown position; FileExistsError where the folder has such files already.
     Source: PS3.3, A.3 (CT Image IOD)."""
     intercept, stack = _as_stored(ct, "ct"), planes(ct, position)
-    name = fingerprint(ct.values, *(ct[a].values for a in AXES))
+    name = numbers_id(ct.values, *(ct[a].values for a in AXES))
     series_uid = study.uid("ct", name, position, description)
     frame_uid = frame_uid or study.uid("frame", series_uid)
     uids, files, made_from = [], [], [(s, _source_items(s)) for s in sources]
@@ -258,7 +259,7 @@ def write_ct(ct: xr.DataArray, folder: str | Path, study: Study, *, frame_uid: s
     return Referenced(study.instance_uid, series_uid, frame_uid, CTImageStorage, tuple(uids), z_mm, tuple(files))
 
 # %% ../../nbs/core/01_dicom_write.ipynb #de558a78
-def write_4dct(phases: Mapping[float, xr.DataArray], folder: str | Path, study: Study, *, frame_uid: str = "", position: str = "HFS",
+def write_4dct(phases: Mapping[float, xr.DataArray], folder: str | Path, study: StudyHeader, *, frame_uid: str = "", position: str = "HFS",
                sources: Sequence[Referenced] = ()) -> dict[float, Referenced]:
     """Write the phases of a breath, {percent: CT in HU}, as one series each in `folder`/phase_000 and so on: {percent: its series}.
 
@@ -266,10 +267,10 @@ def write_4dct(phases: Mapping[float, xr.DataArray], folder: str | Path, study: 
     percentage is not in [0, 100), or the grids differ; else as `write_ct`."""
     if not phases or not all(0 <= p < 100 for p in phases):
         raise ValueError(f"expected phases from 0 up to, not including, 100 percent, got {sorted(phases)}: give {{percent: ct}}")
-    grids = {fingerprint(*(v[a].values for a in AXES)) for v in phases.values()}
+    grids = {numbers_id(*(v[a].values for a in AXES)) for v in phases.values()}
     if len(grids) > 1:
         raise ValueError(f"expected all phases on one grid, got {len(grids)} grids: resample them first")
-    frame_uid = frame_uid or study.uid("frame", *(fingerprint(v.values) for v in phases.values()), *grids)
+    frame_uid = frame_uid or study.uid("frame", *(numbers_id(v.values) for v in phases.values()), *grids)
     return {p: write_ct(phases[p], Path(folder) / f"phase_{p:03.0f}", study, frame_uid=frame_uid, position=position, sources=sources,
                         description=f"phase {p:g}%", series_number=i, phase=(i, len(phases)))
             for i, p in enumerate(sorted(phases), 1)}

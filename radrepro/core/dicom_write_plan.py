@@ -15,7 +15,7 @@ from pydicom.uid import RTDoseStorage, RTImageStorage, RTPlanStorage
 
 from .dicom_kv import patient_to_fixed
 from .dicom_rt import Beam
-from .dicom_write import Referenced, Study, decimals, fill_pixels, fingerprint, new_object, planes, reference, save
+from .dicom_write import Referenced, StudyHeader, decimals, fill_pixels, numbers_id, new_object, planes, reference, save
 from .project import KVGeometry
 from .volume import AXES, check
 
@@ -73,8 +73,8 @@ def _check_plan(prescription_gy, fractions, beams) -> None:
         raise ValueError("expected beams about one isocentre, got several: write one plan for each")
 
 
-def write_plan(path: str | Path, study: Study, *, structures: Referenced, prescription_gy: float, fractions: int, beams: Sequence[Beam],
-               geometry: KVGeometry, position: str = "HFS", description: str = "plan") -> Referenced:
+def write_plan(path: str | Path, study: StudyHeader, *, structures: Referenced, prescription_gy: float, fractions: int,
+               beams: Sequence[Beam], geometry: KVGeometry, position: str = "HFS", description: str = "plan") -> Referenced:
     """Write prescription, fractions, isocentre, beams and set-up views as an RT Plan at `path`; returns what others need to point at it.
 
     `structures`: the structure set that it was planned on. `prescription_gy`: of all fractions. `beams`: static, in IEC 61217, about one
@@ -105,7 +105,7 @@ def write_plan(path: str | Path, study: Study, *, structures: Referenced, prescr
     return Referenced(study.instance_uid, ds.SeriesInstanceUID, structures.frame_uid, RTPlanStorage, (uid,), (), (save(ds, path),))
 
 # %% ../../nbs/core/01_dicom_write_plan.ipynb #6f4da3f5
-def write_dose(dose_gy: xr.DataArray, path: str | Path, study: Study, *, ct: Referenced, plan: Referenced,
+def write_dose(dose_gy: xr.DataArray, path: str | Path, study: StudyHeader, *, ct: Referenced, plan: Referenced,
                kind: str = "PHYSICAL", description: str = "dose") -> Referenced:
     """Write a dose in Gy as an RT Dose object at `path`, in the frame of `ct`, for `plan`; returns what others need to point at it.
 
@@ -119,7 +119,7 @@ def write_dose(dose_gy: xr.DataArray, path: str | Path, study: Study, *, ct: Ref
         raise ValueError(f"dose_gy: expected no dose below 0, got {float(dose_gy.min()):g} Gy: write differences of doses as NIfTI")
     stack = planes(dose_gy, "HFS")  # the patient's own axes
     scaling = decimals([float(dose_gy.max()) / (2**32 - 64) or 1.0])[0]  # 64: room for the rounding of the text
-    uid = study.uid("dose", fingerprint(dose_gy.values, *(dose_gy[a].values for a in AXES)), description)
+    uid = study.uid("dose", numbers_id(dose_gy.values, *(dose_gy[a].values for a in AXES)), description)
     ds = new_object(study, RTDoseStorage, "RTDOSE", sop_uid=uid, series_uid=study.uid("doses", uid), series_number=5,
                     description=description, frame_uid=ct.frame_uid)
     ds.InstanceNumber, ds.ContentDate, ds.ContentTime = 1, ds.InstanceCreationDate, ds.InstanceCreationTime
@@ -134,7 +134,7 @@ def write_dose(dose_gy: xr.DataArray, path: str | Path, study: Study, *, ct: Ref
     return Referenced(study.instance_uid, ds.SeriesInstanceUID, ct.frame_uid, RTDoseStorage, (ds.SOPInstanceUID,), (), (save(ds, path),))
 
 # %% ../../nbs/core/01_dicom_write_plan.ipynb #02e65777
-def write_kv(kv: xr.DataArray, folder: str | Path, study: Study, *, geometry: KVGeometry, frame_uid: str,
+def write_kv(kv: xr.DataArray, folder: str | Path, study: StudyHeader, *, geometry: KVGeometry, frame_uid: str,
              isocentre_xyz_mm: Sequence[float] = (0.0, 0.0, 0.0), position: str = "HFS", plan: Referenced | None = None,
              description: str = "kV") -> Referenced:
     """Write kV images (view, v, u) of `project.kv_pair` as RT Images, `kv_0001.dcm` onwards in `folder`, one per view.
@@ -146,7 +146,7 @@ def write_kv(kv: xr.DataArray, folder: str | Path, study: Study, *, geometry: KV
     if kv.dims != ("view", "v", "u") or kv.shape != shape or not np.isfinite(kv.values).all():
         raise ValueError(f"kv: expected finite images (view, v, u) of shape {shape}, got {kv.dims} {kv.shape}: give their geometry")
     turn = int(patient_to_fixed(position)[1, 2])  # 1 head first, -1 feet first
-    name = fingerprint(kv.values)
+    name = numbers_id(kv.values)
     series_uid, uids, files = study.uid("kv", name, geometry, position), [], []
     for i, (view, angle) in enumerate(zip(geometry.views, geometry.angles_deg)):
         pixels = kv.values[i, ::-turn, ::turn].astype(float)

@@ -12,7 +12,7 @@ from pydicom.dataset import Dataset
 from pydicom.uid import DeformableSpatialRegistrationStorage, ImplicitVRLittleEndian, RTStructureSetStorage, SpatialRegistrationStorage
 
 from .dicom_contours import outline
-from .dicom_write import Referenced, Study, code, decimals, fingerprint, new_object, reference, save, write_ct
+from .dicom_write import Referenced, StudyHeader, code, decimals, numbers_id, new_object, reference, save, write_ct
 from .volume import AXES, VECTOR, check, spacing_mm
 
 # %% auto #0
@@ -52,7 +52,7 @@ def _contours(mask: xr.DataArray, ct: Referenced, name: str) -> list[Dataset]:
     return out
 
 
-def write_structures(masks: Mapping[str, xr.DataArray], path: str | Path, study: Study, *, ct: Referenced,
+def write_structures(masks: Mapping[str, xr.DataArray], path: str | Path, study: StudyHeader, *, ct: Referenced,
                      types: Mapping[str, str] | None = None, description: str = "structures") -> Referenced:
     """Write masks, {name: bool Volume on slices of `ct`}, as an RT Structure Set at `path`; returns what others need to point at it.
 
@@ -61,7 +61,7 @@ def write_structures(masks: Mapping[str, xr.DataArray], path: str | Path, study:
     Source: PS3.3, A.19 (RT Structure Set IOD)."""
     if not masks or not ct.z_mm:
         raise ValueError(f"expected masks and a CT of slices, got {len(masks)} masks and {len(ct.z_mm)} slices: give a series of write_ct")
-    name = fingerprint(*(v.values for v in masks.values()), *(v[a].values for v in masks.values() for a in AXES))
+    name = numbers_id(*(v.values for v in masks.values()), *(v[a].values for v in masks.values() for a in AXES))
     ds = new_object(study, RTStructureSetStorage, "RTSTRUCT", sop_uid=study.uid("structures", ct.series_uid, name, *masks),
                     series_uid=study.uid("structure sets", ct.series_uid, name, *masks), series_number=3, description=description,
                     frame_uid=ct.frame_uid)
@@ -95,7 +95,7 @@ def _frame_of(ct: Referenced) -> Dataset:
     return frame
 
 
-def _single(study: Study, ds: Dataset, frame_uid: str, path) -> Referenced:
+def _single(study: StudyHeader, ds: Dataset, frame_uid: str, path) -> Referenced:
     return Referenced(study.instance_uid, ds.SeriesInstanceUID, frame_uid, ds.SOPClassUID, (ds.SOPInstanceUID,), (), (save(ds, path),))
 
 # %% ../../nbs/core/01_dicom_write_rt.ipynb #fa8042af
@@ -124,14 +124,14 @@ def _instances(ds: Dataset, series: Sequence[Referenced]) -> None:
         ds.StudiesContainingOtherReferencedInstancesSequence.append(other)
 
 
-def _content(ds: Dataset, study: Study, description: str) -> None:
+def _content(ds: Dataset, study: StudyHeader, description: str) -> None:
     ds.ContentDate, ds.ContentTime, ds.InstanceNumber = ds.InstanceCreationDate, ds.InstanceCreationTime, 1
     ds.ContentLabel, ds.ContentCreatorName, ds.Laterality = study.label.split(",")[0], "", ""
     ds.DeviceSerialNumber = "none"  # software has none, but the standard asks for one
     ds.ContentDescription = f"{study.label}: {description}"[:64]
 
 
-def write_registration(matrix, path: str | Path, study: Study, *, moving: Referenced, fixed: Referenced,
+def write_registration(matrix, path: str | Path, study: StudyHeader, *, moving: Referenced, fixed: Referenced,
                        description: str = "rigid") -> Referenced:
     """Write a rigid 4 x 4 `matrix` (points x, y, z in mm of the frame of `moving` to that of `fixed`) as a Spatial Registration at `path`.
 
@@ -144,7 +144,7 @@ def write_registration(matrix, path: str | Path, study: Study, *, moving: Refere
                          "take volume.rigid, or write a field with write_deformation")
     if moving.frame_uid == fixed.frame_uid:
         raise ValueError("expected two frames of reference, got one: what lies in one frame needs no registration")
-    uid = study.uid("registration", fingerprint(m), moving.series_uid, fixed.series_uid)
+    uid = study.uid("registration", numbers_id(m), moving.series_uid, fixed.series_uid)
     ds = new_object(study, SpatialRegistrationStorage, "REG", sop_uid=uid, series_uid=study.uid("registrations", uid), series_number=6,
                     description=description, frame_uid=fixed.frame_uid)
     _content(ds, study, description)
@@ -159,7 +159,7 @@ def write_registration(matrix, path: str | Path, study: Study, *, moving: Refere
     return _single(study, ds, fixed.frame_uid, path)
 
 # %% ../../nbs/core/01_dicom_write_rt.ipynb #58b59fbb
-def write_deformation(displacement_mm: xr.DataArray, path: str | Path, study: Study, *, moving: Referenced, fixed: Referenced,
+def write_deformation(displacement_mm: xr.DataArray, path: str | Path, study: StudyHeader, *, moving: Referenced, fixed: Referenced,
                       description: str = "deformation") -> Referenced:
     """Write a pull field, fixed(x) = moving(x + u(x)), as a Deformable Spatial Registration at `path`.
 
@@ -170,7 +170,7 @@ def write_deformation(displacement_mm: xr.DataArray, path: str | Path, study: St
     if VECTOR not in displacement_mm.dims:
         raise ValueError(f"displacement_mm: expected a field {(VECTOR, *AXES)}, got dims {displacement_mm.dims}: see volume.volume")
     vectors = np.moveaxis(displacement_mm.values[::-1], 0, -1).astype("<f4")  # z, y, x of points; x, y, z of components
-    step, name = spacing_mm(displacement_mm), fingerprint(vectors, *(displacement_mm[a].values for a in AXES))
+    step, name = spacing_mm(displacement_mm), numbers_id(vectors, *(displacement_mm[a].values for a in AXES))
     uid = study.uid("deformation", name, moving.series_uid, fixed.series_uid)
     ds = new_object(study, DeformableSpatialRegistrationStorage, "REG", sop_uid=uid, series_uid=study.uid("deformations", uid),
                     series_number=7, description=description, frame_uid=fixed.frame_uid)
@@ -188,7 +188,7 @@ def write_deformation(displacement_mm: xr.DataArray, path: str | Path, study: St
     return _single(study, ds, fixed.frame_uid, path)
 
 # %% ../../nbs/core/01_dicom_write_rt.ipynb #b6e2a54b
-def write_sct(sct: xr.DataArray, folder: str | Path, study: Study, *, source: Referenced, to_source=None,
+def write_sct(sct: xr.DataArray, folder: str | Path, study: StudyHeader, *, source: Referenced, to_source=None,
               sources: Sequence[Referenced] = (), position: str = "HFS", description: str = "sCT") -> tuple[Referenced, Referenced | None]:
     """Write a synthetic CT in HU that was made from the CT `source`: (its series, the registration to `source` or None).
 

@@ -9,7 +9,7 @@ from typing import Mapping, Sequence
 import xarray as xr
 
 from .dicom_rt import Beam
-from .dicom_write import Referenced, Study, write_4dct, write_ct
+from .dicom_write import Referenced, StudyHeader, write_4dct, write_ct
 from .dicom_write_plan import write_dose, write_kv, write_plan
 from .dicom_write_rt import write_deformation, write_structures
 from .dicom_write_trace import write_trace
@@ -19,7 +19,7 @@ from .project import KVGeometry
 __all__ = ['write_study', 'write_imagined']
 
 # %% ../../nbs/core/01_dicom_write_study.ipynb #28b3a146
-def write_study(folder: str | Path, study: Study, *, planning: xr.DataArray, structures: Mapping[str, xr.DataArray],
+def write_study(folder: str | Path, study: StudyHeader, *, planning: xr.DataArray, structures: Mapping[str, xr.DataArray],
                 cts: Mapping[str, xr.DataArray], kvs: Mapping[str, xr.DataArray], geometry: KVGeometry, prescription_gy: float,
                 fractions: int, gantry_angles_deg: Sequence[float], dose_gy: xr.DataArray | None = None,
                 position: str = "HFS") -> dict[str, Referenced]:
@@ -49,7 +49,7 @@ def write_study(folder: str | Path, study: Study, *, planning: xr.DataArray, str
     return out
 
 # %% ../../nbs/core/01_dicom_write_study.ipynb #0d32ea4d
-def write_imagined(phases: Mapping[float, tuple[xr.DataArray, xr.DataArray]], folder: str | Path, study: Study, *, source: Referenced,
+def write_imagined(phases: Mapping[float, tuple[xr.DataArray, xr.DataArray]], folder: str | Path, study: StudyHeader, *, source: Referenced,
                    trace: xr.DataArray | None = None, position: str = "HFS") -> dict[str, Referenced]:
     """Write an imagined 4DCT, {percent: (CT in HU, its pull field in mm)}, in `folder`: what others need to point at each part, by name.
 

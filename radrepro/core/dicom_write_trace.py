@@ -10,7 +10,7 @@ import xarray as xr
 from pydicom.dataset import Dataset
 from pydicom.uid import RespiratoryWaveformStorage
 
-from .dicom_write import Referenced, Study, code, decimals, fingerprint, new_object, save
+from .dicom_write import Referenced, StudyHeader, code, decimals, numbers_id, new_object, save
 
 # %% auto #0
 __all__ = ['write_trace']
@@ -34,7 +34,7 @@ def _sampling_hz(trace: xr.DataArray) -> float:
     return rate
 
 
-def write_trace(trace: xr.DataArray, path: str | Path, study: Study, *, description: str = "breathing") -> Referenced:
+def write_trace(trace: xr.DataArray, path: str | Path, study: StudyHeader, *, description: str = "breathing") -> Referenced:
     """Write a breathing trace as a Respiratory Waveform at `path`; returns what others need to point at it.
 
     `trace`: DataArray over `time` (s, even, under 100 a second), units 1 or mm. No sample is off by more than the range / 131000.
@@ -43,7 +43,7 @@ def write_trace(trace: xr.DataArray, path: str | Path, study: Study, *, descript
     values = trace.values.astype(float)
     baseline = decimals([(values.min() + values.max()) / 2])[0]
     sensitivity = decimals([np.ptp(values) / 2 / (_STEPS - 1) or 1.0])[0]
-    uid = study.uid("trace", fingerprint(values, trace["time"].values), description)
+    uid = study.uid("trace", numbers_id(values, trace["time"].values), description)
     ds = new_object(study, RespiratoryWaveformStorage, "RESP", sop_uid=uid, series_uid=study.uid("traces", uid), series_number=9,
                     description=description, frame_uid=study.uid("frame of a trace", uid))
     del ds.FrameOfReferenceUID, ds.PositionReferenceIndicator  # a trace lies nowhere

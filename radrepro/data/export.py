@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import xarray as xr
 
-from ..core.dicom_write import Referenced, Study, Subject, write_ct
+from ..core.dicom_write import Referenced, StudyHeader, Subject, write_ct
 from ..core.dicom_write_plan import write_kv
 from ..core.dicom_write_rt import write_structures
 from ..core.dicom_write_study import write_study
@@ -29,9 +29,9 @@ FIRST_DAY = datetime(2001, 1, 1, 8)
 GANTRY_DEG = (60.0, 180.0, 300.0)  # of the proton fields: radrepro.dose.protons.PlanSize's
 
 
-def _study(kind: str, site: str, number: int, source: str, *, synthetic: bool = True) -> Study:
+def _study(kind: str, site: str, number: int, source: str, *, synthetic: bool = True) -> StudyHeader:
     who = Subject(f"{kind.upper()}-{site.upper()}-{number:03d}", f"{kind.title()}^{site.title()}{number}")
-    return Study(who, synthetic=synthetic, seed=f"{kind} {site} {number} {source}", made=FIRST_DAY)
+    return StudyHeader(who, synthetic=synthetic, seed=f"{kind} {site} {number} {source}", made=FIRST_DAY)
 
 
 def export_headneck(patient: Patient, folder: str | Path) -> dict[str, Referenced]:

@@ -15,7 +15,8 @@ export OMP_NUM_THREADS ?= 1
 tables: $(VENV)/ready
 	@mkdir -p $(OUT)
 	@$(BIN)/papermill nbs/tables.ipynb $(OUT)/tables.ipynb --no-progress-bar -p preset $(PRESET) -p cohort $(COHORT) \
-	  -p out_dir $(OUT) $(if $(DATA_DIR),-p data_dir $(DATA_DIR)) $(if $(SEEDS),-p seeds $(SEEDS)) $(if $(DEVICE),-p device $(DEVICE))
+	  -p out_dir $(OUT) $(if $(DATA_DIR),-p data_dir $(DATA_DIR)) $(if $(SEEDS),-p seeds $(SEEDS)) $(if $(DEVICE),-p device $(DEVICE)) \
+	  $(if $(SOURCE),-p source $(SOURCE))
 	@$(BIN)/jupyter nbconvert --log-level ERROR --no-input --to html $(OUT)/tables.ipynb
 	@echo "tables: $(OUT)/tables.html  $(OUT)/tables.ipynb  $(OUT)/tables/*.csv"
 	@cat $(OUT)/tables/headline.txt

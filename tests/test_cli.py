@@ -6,13 +6,16 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pydicom
 import pytest
 import torch
+from made_up_canaries import Canaries
 
 from radrepro.cli import data, pages
 from radrepro.cli.answers import EXIT_CODES
@@ -28,7 +31,7 @@ from radrepro.dose.protons import PlanSize
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = make_parser()._subparsers._group_actions[0].choices
-SECRETS = ("Canary", "CANARYID77", "19310417", "20010108", "20010115", "2001-01-08")
+SECRETS = ("Canary", "CANARY", "http://canary", "1.2.999.7777777", "19310417", "20010108", "20010115", "2001-01-08")
 
 
 def called(*argv) -> tuple[int, str, str]:
@@ -153,15 +156,24 @@ def test_notebooks_travel_in_the_package(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def clinic(tmp_path_factory) -> Path:
-    """A study as a clinic has it: canaries in the headers, in the names of files and folders, and a damaged file among them."""
-    home = tmp_path_factory.mktemp("clinic")
+    """A study as a clinic has it: canaries wherever a header has room, in the names of files and folders, and a damaged file among them."""
+    home, canaries = tmp_path_factory.mktemp("clinic"), Canaries()
     parts = export_headneck(phantom_patient(1, voxel_mm=8), home / "Canary_Jane")
     for part in parts.values():
-        for path in part.files:
+        for i, path in enumerate(part.files):
             ds = pydicom.dcmread(path)
+            when = lambda: [e for e in ds if e.VR in ("DA", "TM", "DT") and e.tag.group == 8]
+            days = when()  # by them a kV pair finds its CT
+            canaries.plant(ds, top=i == 0)
+            for e in [*when(), ds.get_item("DirectoryRecordSequence")]:  # with the last it would be a DICOMDIR
+                ds.pop(e and e.tag, None)
+            for e in days:
+                ds.add(e)
             ds.PatientName, ds.PatientID, ds.PatientBirthDate = "Canary^Name", "CANARYID77", "19310417"
             ds.ReferringPhysicianName, ds.InstitutionName, ds.StudyDescription = "Canary^Doctor", "Canary Hospital", "Canary plan"
-            ds.save_as(path.with_name(f"Canary {path.name}"))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                ds.save_as(path.with_name(f"Canary {path.name}"))
             path.unlink()
     (home / "Canary_Jane" / "Canary damaged.dcm").write_bytes(b"\0" * 128 + b"DICM" + b"\xff" * 64)
     (home / "Canary_Jane" / "Canary.csv").write_text("Canary,1931\n1,2\n")
@@ -178,10 +190,10 @@ def uids(home: Path) -> list[str]:
 
 
 def test_a_whole_run_names_nobody(clinic):
-    """From the folder to the page: what is printed and all that is left behind, searched for every canary."""
+    """From the folder to the tables and the page: what is printed and all that is left behind, searched for every canary."""
     study, copy, run = clinic / "Canary_Jane", clinic / "copy", clinic / "run"
     sizes = ("--preset", "quick", "--out-dir", run)
-    steps = [(0, "inspect", study, "--json"), (1, "inspect", clinic / "Canary missing"),
+    steps = [(0, "tables", "--cohort", "clinical", "--data-dir", clinic, *sizes), (0, "inspect", study, "--json"), (1, "inspect", clinic / "Canary missing"),
              (1, "synthesise", study, clinic / "refused", *sizes), (1, "imagine", study, clinic / "refused", "--weights", clinic),
              (1, "ingest", study, copy, "--secret-file", clinic / "secret.txt"),  # 1: the damaged file and the table are left out
              (0, "fit", study, *sizes), (0, "report", study, *sizes, "--json"),
@@ -198,6 +210,9 @@ def test_a_whole_run_names_nobody(clinic):
     left = [p for folder in (copy, run) for p in folder.rglob("*") if p.is_file()]
     telling = [p for p in left if any(s.encode() in p.read_bytes() or s in str(p.relative_to(clinic)) for s in secrets)]
     assert len(left) > 200 and not telling and not (clinic / "refused").exists()
+    rows = pd.concat([pd.read_csv(p) for p in sorted((run / "tables").glob("*_table*.csv"))])
+    assert set(rows.paper) == {"A"} and {"fused", "primary"} <= set(rows.model)  # a clinic of heads: Paper B is left out
+    assert set(rows[~rows.detail.str.contains("residual sd")].cohort) == {"clinical"}
     page = (run / "report.html").read_text()
     assert "Patient 1" in page and not re.search(r"<(script|link|img|iframe)[^>]*(src|href)=", page)
     # on purpose alone: the series joins the patient's own study

@@ -98,8 +98,10 @@ def test_rows_are_the_contract(run):
 
 
 def test_a_second_run_reads_and_a_killed_run_goes_on(own_run, made_up, tmp_path):
-    """kill -9 in the middle, the same command again: the same numbers, and nothing that was finished is made again."""
-    given = ("cohort=real", f"data_dir={made_up}")
+    """kill -9 in the middle, the same command again: the same numbers, and nothing that was finished is made again.
+
+    It starts from DICOM, the run that it is compared with from memory."""
+    given = ("cohort=real", f"data_dir={made_up}", "source=dicom")
     process = papermill(tmp_path, *given)
     while process.poll() is None and len(list(tmp_path.glob("stages/kv2ct/fit/*/stage.json"))) < 2:
         time.sleep(0.2)
@@ -138,6 +140,7 @@ def test_any_data_dir_in_the_documented_layout(own_run):
     ("cohort=clincal", "expected cohort to be one of"),
     ("device=gpu", "expected device auto, cpu or cuda"),
     ("seeds=0", "expected seeds to be a whole number"),
+    ("source=dicm", "expected source to be one of"),
 ])
 def test_bad_parameters_end_the_run_with_one_sentence(tmp_path, parameter, sentence):
     process = papermill(tmp_path, parameter)

@@ -163,6 +163,9 @@ def _paper_commands(commands) -> None:
         p.add_argument("--cohort", choices=["phantom", "real", "clinical"], default="phantom", help="whose patients (default phantom)")
         p.add_argument("--data-dir", default="", metavar="PATH", help="folder of real data (or the variable RADREPRO_DATA)")
         p.add_argument("--seeds", type=_whole_number, default=1, metavar="N", help="how many seeds of every training (default 1)")
+        if name == "tables":
+            p.add_argument("--source", choices=["memory", "dicom"], default="memory",
+                           help="dicom: write every patient as DICOM first, and compute from what is read back (default memory)")
         if name == "figures":
             p.add_argument("--patient", type=_whole_number, default=1, metavar="N", help="whose pictures are drawn (default 1)")
         p.set_defaults(run=f"pages.{name}")

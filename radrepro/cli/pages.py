@@ -53,7 +53,7 @@ def _run(args: argparse.Namespace, *names: str) -> Path:
 
 def tables(args: argparse.Namespace, report) -> Outcome:
     """Every table of both papers: the page, and the headline of what holds."""
-    page = _run(args)
+    page = _run(args, "source")
     headline = (args.out_dir / "tables" / "headline.txt").read_text(encoding="utf-8").strip()
     files = sorted(p.name for p in (args.out_dir / "tables").iterdir())
     return Outcome(f"tables: {page.name}, {page.stem}.ipynb and tables/*.csv in {args.out_dir}\n{headline}",

@@ -226,6 +226,7 @@ def kv_views(images, *, pixel_mm: float, shape_px: tuple[int, int]) -> tuple[xr.
     for kv in images:
         at = [(c - float(kv.image[a][0])) / float(kv.image[a][1] - kv.image[a][0])
               for a, c in (("v", geometry.v_mm), ("u", geometry.u_mm))]
+        at = [np.where(abs(c - np.rint(c)) < 1e-6, np.rint(c), c) for c in at]  # a pixel that is there is taken as it is
         views.append(ndimage.map_coordinates(kv.image.values, np.meshgrid(*at, indexing="ij"), order=1, cval=np.nan))
     coords = {"view": geometry.views, "v": geometry.v_mm, "u": geometry.u_mm}
     return xr.DataArray(np.stack(views), coords=coords, dims=("view", "v", "u"), attrs={"units": "1"}), geometry

@@ -16,7 +16,7 @@ from pydicom.uid import RTDoseStorage, RTImageStorage, RTPlanStorage
 from .dicom_kv import patient_to_fixed
 from .dicom_rt import Beam
 from .dicom_write import Referenced, StudyHeader, decimals, fill_pixels, numbers_id, new_object, planes, reference, save
-from .project import KVGeometry
+from .project import KV_STEP, KVGeometry
 from .volume import AXES, check
 
 # %% auto #0
@@ -140,8 +140,9 @@ def write_kv(kv: xr.DataArray, folder: str | Path, study: StudyHeader, *, geomet
     """Write kV images (view, v, u) of `project.kv_pair` as RT Images, `kv_0001.dcm` onwards in `folder`, one per view.
 
     `frame_uid`: of the frame in which the isocentre is given. `plan`: one of `write_plan`, whose first beams are the views.
-    Returns what others need to point at them. No pixel is off by more than its view's range / 131000. Raises ValueError where images and
-    geometry do not fit, a pixel is not finite, or the position is none. Source: PS3.3, A.17 (RT Image IOD)."""
+    Returns what others need to point at them. Multiples of `KV_STEP` come back to the bit; of other images no pixel is off by more than its
+    view's range / 131000. Raises ValueError where images and geometry do not fit, a pixel is not finite, or the position is none.
+    Source: PS3.3, A.17 (RT Image IOD)."""
     shape = (len(geometry.views), *geometry.shape_px)
     if kv.dims != ("view", "v", "u") or kv.shape != shape or not np.isfinite(kv.values).all():
         raise ValueError(f"kv: expected finite images (view, v, u) of shape {shape}, got {kv.dims} {kv.shape}: give their geometry")
@@ -167,7 +168,8 @@ def write_kv(kv: xr.DataArray, folder: str | Path, study: StudyHeader, *, geomet
         if plan:
             ds.ReferencedRTPlanSequence = [reference(plan.sop_class_uid, plan.sop_uids[0])]
             ds.ReferencedBeamNumber, ds.FractionNumber = i + 1, None
-        slope, low = decimals([(np.ptp(pixels) or 1.0) / 65534])[0], decimals([pixels.min()])[0]
+        whole = pixels.min() >= -1 and np.ptp(pixels) < 65535 * KV_STEP - 1 and not (pixels % KV_STEP).any()
+        slope, low = decimals([KV_STEP, -1] if whole else [(np.ptp(pixels) or 1.0) / 65534, pixels.min()])
         ds.RescaleIntercept, ds.RescaleSlope, ds.RescaleType = low, slope, "US"
         ds.PixelIntensityRelationship, ds.PixelIntensityRelationshipSign = "LOG", -1
         fill_pixels(ds, np.rint((pixels - float(low)) / float(slope)).clip(0, 65535).astype("<u2"))

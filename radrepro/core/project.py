@@ -15,8 +15,9 @@ from .volume import AXES, check, like, spacing_mm, to_tensor
 
 # %% auto #0
 __all__ = ['VIEWS', 'RAYS_AT_ONCE', 'ENERGIES_KEV', 'MASS_ATTENUATION_CM2_G', 'BONE_G_CM3', 'METAL_G_CM3', 'CT_KEV',
-           'AIR_BELOW_HU', 'BONE_FROM_HU', 'METAL_ABOVE_HU', 'COUCH', 'KVGeometry', 'kv_geometry', 'project_points',
-           'project_tensor', 'line_integrals', 'bone_hu', 'hu_to_basis', 'Box', 'KVPhysics', 'box_chords', 'kv_pair']
+           'AIR_BELOW_HU', 'BONE_FROM_HU', 'METAL_ABOVE_HU', 'COUCH', 'KV_STEP', 'KVGeometry', 'kv_geometry',
+           'project_points', 'project_tensor', 'line_integrals', 'bone_hu', 'hu_to_basis', 'Box', 'KVPhysics',
+           'box_chords', 'kv_pair']
 
 # %% ../../nbs/core/02_project.ipynb #0008f6ae
 VIEWS = {0.0: "AP", 90.0: "LAT"}
@@ -256,10 +257,14 @@ def box_chords(box: Box, geometry: KVGeometry) -> xr.DataArray:
     return _images(chords, geometry, "mm")
 
 # %% ../../nbs/core/02_project.ipynb #899f1438
+KV_STEP = 2.0**-12
+
+
 def kv_pair(ct: xr.DataArray, geometry: KVGeometry, physics: KVPhysics = KVPhysics(), *, seed: int,
             pose: np.ndarray | None = None, metal: xr.DataArray | None = None, device: str = "cpu") -> xr.DataArray:
     """The kV images -ln(I / I0) of a CT in HU: float32 DataArray (view, v, u), about 0 in the open field.
 
+    With photons they are what a digital receptor stores: whole multiples of `KV_STEP`; noise-free ones are not rounded.
     `seed`: of the photon noise. `pose`: 4 x 4 that carries the patient, not the couch.
     `metal`: Volume of the share of titanium (0 to 1) in each voxel of `ct`, beside the voxels above 2500 HU.
     Raises ValueError where `ct` is not in HU, has NaN, or `metal` is on another grid."""
@@ -289,4 +294,5 @@ def kv_pair(ct: xr.DataArray, geometry: KVGeometry, physics: KVPhysics = KVPhysi
     if physics.photons_per_mm2 is not None:
         photons = physics.photons_per_mm2 * geometry.pixel_mm**2
         signal = np.maximum(np.random.default_rng(seed).poisson(photons * signal), 1) / photons
+        return _images((np.rint(-np.log(signal) / KV_STEP) * KV_STEP).astype(np.float32), geometry, "1")
     return _images(-np.log(signal).astype(np.float32), geometry, "1")

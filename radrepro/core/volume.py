@@ -13,8 +13,8 @@ import xarray as xr
 from scipy import ndimage
 
 # %% auto #0
-__all__ = ['AXES', 'VECTOR', 'volume', 'check', 'spacing_mm', 'centred_grid', 'like', 'resample', 'crop_or_pad', 'rigid', 'move',
-           'to_tensor', 'from_tensor', 'read_nifti', 'write_nifti', 'write_zarr', 'read_zarr']
+__all__ = ['AXES', 'VECTOR', 'volume', 'check', 'spacing_mm', 'centred_grid', 'like', 'whole_hu', 'resample', 'crop_or_pad',
+           'rigid', 'move', 'to_tensor', 'from_tensor', 'read_nifti', 'write_nifti', 'write_zarr', 'read_zarr']
 
 # %% ../../nbs/core/00_volume.ipynb #bd069e28
 AXES = ("z", "y", "x")
@@ -87,6 +87,11 @@ def centred_grid(shape: tuple[int, int, int], voxel_mm: float | tuple[float, flo
 def like(values, reference: xr.DataArray, units: str | None = None) -> xr.DataArray:
     """A Volume on the grid of `reference`; its units where none are given."""
     return volume(values, **{a: reference[a].values for a in AXES}, units=units or reference.attrs["units"])
+
+
+def whole_hu(ct: xr.DataArray) -> xr.DataArray:
+    """`ct` in HU, float32, each voxel the nearest whole number: as a scanner stores it and DICOM carries it without loss."""
+    return like(np.rint(check(ct, units="HU").values).astype(np.float32), ct)
 
 # %% ../../nbs/core/00_volume.ipynb #6219ce47
 def resample(v: xr.DataArray, to, *, fill: float, order: int = 1) -> xr.DataArray:

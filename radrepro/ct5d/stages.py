@@ -145,10 +145,15 @@ def models(plan: CT5DPreset) -> dict[str, tuple[str, int]]:
     return found | {n: (v, plan.diffusion.ablation_steps) for n, v in short.items() if plan.diffusion.ablation_steps}
 
 
-def tasks(preset: Preset, cohort: str, data_dir: str, out_dir: str, device: str, seeds: list[int]) -> list[Task]:
-    """Tasks for `radrepro.train.runs.fan_out`: training patients' scans, the mean patient, trainings of every seed, test patients."""
+def tasks(preset: Preset, cohort: str, data_dir: str, out_dir: str, device: str, seeds: list[int], exported: str = "") -> list[Task]:
+    """Tasks for `radrepro.train.runs.fan_out`: training patients' scans, the mean patient, trainings of every seed, test patients.
+
+    None where the cohort has no thorax. `exported`: as for `thorax_cases`."""
     plan = preset.ct5d
-    cases = thorax_cases(cohort, train=plan.train_patients, validation=plan.validation_patients, test=plan.test_patients, data_dir=data_dir)
+    cases = thorax_cases(cohort, train=plan.train_patients, validation=plan.validation_patients, test=plan.test_patients, data_dir=data_dir,
+                         exported=exported)
+    if not cases:
+        return []
     train = [c for c in cases if c.split == "train"]
     scans = [Task(f"B: scans {c.number}", _scans_task, (c, preset.name, str(out_dir)), cost=5.0) for c in train]
     made = tuple(t.name for t in scans)

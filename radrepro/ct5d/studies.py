@@ -160,13 +160,17 @@ def run_study(name: str, train: list[ThoraxCase], validation: list[ThoraxCase], 
     return str(run_stage(out_dir, "ct5d/studies", key, make, modules=("ct5d.studies",)) / "values.csv")
 
 
-def study_tasks(preset: Preset, cohort: str, data_dir: str, out_dir: str, device: str, seeds: list[int]) -> list[Task]:
+def study_tasks(preset: Preset, cohort: str, data_dir: str, out_dir: str, device: str, seeds: list[int],
+                exported: str = "") -> list[Task]:
     """A task per variant of `STUDIES` and seed; each returns the path of a `values.csv` of `study_rows`.
 
     They wait for the tasks "B: scans ..." of `radrepro.ct5d.stages.tasks` with the same arguments, which must be in the same list.
     Raises ValueError for a preset without validation patients."""
     plan = preset.ct5d
-    cases = thorax_cases(cohort, train=plan.train_patients, validation=plan.validation_patients, test=plan.test_patients, data_dir=data_dir)
+    cases = thorax_cases(cohort, train=plan.train_patients, validation=plan.validation_patients, test=plan.test_patients, data_dir=data_dir,
+                         exported=exported)
+    if not cases:
+        return []
     train, validation = ([c for c in cases if c.split == split] for split in ("train", "validation"))
     if not validation:
         raise ValueError(f"expected a preset with validation patients, got none in {preset.name!r}: give it some, since the studies "

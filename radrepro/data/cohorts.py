@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -44,6 +45,18 @@ def fingerprint(*paths: str) -> str:
     return digest.hexdigest()[:12]
 
 # %% ../../nbs/data/14_cohorts.ipynb #c11n1c02
+def _is_recording(path: Path) -> bool:
+    """Whether a breathing trace can be read from the file: a clinic's folder may hold any other table."""
+    from radrepro.data.traces_dicom import MOST_BYTES, read_recording
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its remarks are for whoever loads the patient
+        try:
+            return path.stat().st_size <= MOST_BYTES and read_recording(path) is not None
+        except (OSError, ValueError):
+            return False
+
+
 def clinical_folders(data_dir: str | Path = "") -> dict[str, list[Path]]:
     """The patients' folders by `headneck` and `thorax`, sorted by name; sub-folders without a CT are left out.
 
@@ -54,11 +67,12 @@ def clinical_folders(data_dir: str | Path = "") -> dict[str, list[Path]]:
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.is_symlink() and not p.name.startswith((".", "lung_landmarks_")))
     for i, folder in enumerate(folders):
         try:
-            what = {t.what for t in find_items(folder).items}
+            items = find_items(folder).items
         except ValueError as e:
             raise ValueError(f"sub-folder {i + 1} of data_dir, by name: {e}") from None
-        if "CT" in what:
-            found["thorax" if "trace" in what else "headneck"].append(folder)
+        if any(t.what == "CT" for t in items):
+            breathes = any(_is_recording(t.paths[0]) for t in items if t.what == "trace")
+            found["thorax" if breathes else "headneck"].append(folder)
     if not any(found.values()):
         raise FileNotFoundError("expected a sub-folder with DICOM CTs for each patient in data_dir, found none: name the folder above "
                                 "the patients'")
@@ -87,12 +101,15 @@ def of_study(case, make):
 # %% ../../nbs/data/14_cohorts.ipynb #5234b6f3
 @dataclass(frozen=True)
 class HeadNeckCase:
-    """One head-and-neck patient: `number` from 1, `kind`, and its `folder` (real, clinical) or its cohort `seed` (phantom)."""
+    """One head-and-neck patient: `number` from 1, `kind`, and its `folder` (real, clinical) or its cohort `seed` (phantom).
+
+    `exported`: `folder` holds what `radrepro.data.truth.write_headneck` wrote of a phantom or real patient."""
 
     number: int
     kind: str
     folder: str = ""
     seed: int = 0
+    exported: bool = False
 
     def key(self) -> dict:
         """What changes this patient's numbers, for a stage's key: the CT's content for a real one."""
@@ -108,6 +125,10 @@ class HeadNeckCase:
 def _load_headneck(case: HeadNeckCase, key: str, voxel_mm: int):
     from radrepro.data.headneck import phantom_patient, real_patient
 
+    if case.exported:
+        from radrepro.data.truth import read_headneck
+
+        return read_headneck(case.folder)
     if case.kind == "clinical":
         from radrepro.data.study_patient import clinical_patient
 
@@ -117,16 +138,20 @@ def _load_headneck(case: HeadNeckCase, key: str, voxel_mm: int):
     return phantom_patient(case.number, voxel_mm=voxel_mm, seed=case.seed)
 
 
-def headneck_cases(kind: str, n: int, *, data_dir: str | Path = "", seed: int = 0) -> list[HeadNeckCase]:
-    """The first `n` head-and-neck patients of a kind; fewer where a data folder holds fewer."""
+def headneck_cases(kind: str, n: int, *, data_dir: str | Path = "", seed: int = 0, exported: str | Path = "") -> list[HeadNeckCase]:
+    """The first `n` head-and-neck patients of a kind; fewer where a data folder holds fewer, none of a clinic that has thoraxes alone.
+
+    `exported`: a folder with the same patients as `radrepro.report.source` wrote them, from which they are then read."""
+    cases = _headneck_cases(kind, n, data_dir, seed)
+    return [replace(c, folder=str(Path(exported) / f"headneck_{c.number:03d}"), exported=True) for c in cases] if exported else cases
+
+
+def _headneck_cases(kind: str, n: int, data_dir: str | Path, seed: int) -> list[HeadNeckCase]:
     _check_kind(kind)
     if kind == "phantom":
         return [HeadNeckCase(i + 1, kind, seed=seed) for i in range(n)]
     if kind == "clinical":
         folders = clinical_folders(data_dir)["headneck"]
-        if not folders:
-            raise FileNotFoundError("expected a head-and-neck patient's folder (a CT and no breathing trace) in data_dir, found none: add "
-                                    "one, or use -p cohort phantom")
         return [HeadNeckCase(i + 1, kind, str(f), seed) for i, f in enumerate(folders[:n])]
     from radrepro.data.headneck import find_headneck
 
@@ -145,6 +170,7 @@ class ThoraxCase:
     landmarks: str = ""
     trace: str = ""
     seed: int = 0
+    exported: bool = False
 
     def key(self) -> dict:
         """What changes this patient's numbers, for a stage's key."""
@@ -156,6 +182,10 @@ class ThoraxCase:
         from radrepro.data.thorax import phantom_thorax, real_thorax
         from radrepro.data.traces import read_trace
 
+        if self.exported:
+            from radrepro.data.truth_thorax import read_thorax
+
+            return read_thorax(self.folder)
         size = {"shape": tuple(shape), "voxel_mm": tuple(voxel_mm), "n_scans": scans, "seed": self.seed}
         if self.kind == "clinical":
             from radrepro.data.study_patient import clinical_thorax
@@ -177,16 +207,23 @@ def _lasts(path: Path, seconds: float) -> bool:
     return float(time_s[-1] - time_s[0]) >= seconds
 
 
-def thorax_cases(kind: str, *, train: int, validation: int, test: int, data_dir: str | Path = "",
-                 seed: int = 0) -> list[ThoraxCase]:
-    """Patient-wise splits: phantoms 1 ... `test` test, the next ones validate and train; real or clinical ones replace the tests."""
+def thorax_cases(kind: str, *, train: int, validation: int, test: int, data_dir: str | Path = "", seed: int = 0,
+                 exported: str | Path = "") -> list[ThoraxCase]:
+    """Patient-wise splits: phantoms 1 ... `test` test, the next ones validate and train; real or clinical ones replace the tests.
+
+    None of a clinic that has heads alone. `exported`: as for `headneck_cases`."""
+    cases = _thorax_cases(kind, train, validation, test, data_dir, seed)
+    return [replace(c, folder=str(Path(exported) / f"thorax_{c.number:03d}"), landmarks="", trace="", exported=True)
+            for c in cases] if exported else cases
+
+
+def _thorax_cases(kind: str, train: int, validation: int, test: int, data_dir: str | Path, seed: int) -> list[ThoraxCase]:
     _check_kind(kind)
     tests = [ThoraxCase(i + 1, "phantom", "test", seed=seed) for i in range(test)]
     if kind == "clinical":
         folders = clinical_folders(data_dir)["thorax"]
         if not folders:
-            raise FileNotFoundError("expected a thorax patient's folder (a CT and a breathing trace) in data_dir, found none: add one, or "
-                                    "use -p cohort phantom")
+            return []  # nobody to test on: nothing to train for
         tests = [ThoraxCase(i + 1, kind, "test", str(f), str(clinical_landmarks(data_dir)), "", seed) for i, f in enumerate(folders[:test])]
     if kind == "real":
         from radrepro.data.thorax import find_thoraxes

@@ -18,18 +18,19 @@ from ..core.dicom_write_study import write_study
 from ..core.dicom_write_trace import write_trace
 from ..core.volume import like
 from .headneck_session import Patient
-from .thorax import ThoraxPatient
+from .thorax import ThoraxPatient, unscale_hu
 from .thorax_anatomy import BUCKETS
 
 # %% auto #0
-__all__ = ['FIRST_DAY', 'GANTRY_DEG', 'export_headneck', 'ThoraxExport', 'export_thorax']
+__all__ = ['FIRST_DAY', 'GANTRY_DEG', 'study_header', 'export_headneck', 'ThoraxExport', 'export_thorax']
 
 # %% ../../nbs/data/18_export.ipynb #1c97a130
 FIRST_DAY = datetime(2001, 1, 1, 8)
 GANTRY_DEG = (60.0, 180.0, 300.0)  # of the proton fields: radrepro.dose.protons.PlanSize's
 
 
-def _study(kind: str, site: str, number: int, source: str, *, synthetic: bool = True) -> StudyHeader:
+def study_header(kind: str, site: str, number: int, source: str, *, synthetic: bool = True) -> StudyHeader:
+    """The header of the objects of patient `number` of a cohort `kind`; `site`: headneck or thorax. Names nobody; the days are made up."""
     who = Subject(f"{kind.upper()}-{site.upper()}-{number:03d}", f"{kind.title()}^{site.title()}{number}")
     return StudyHeader(who, synthetic=synthetic, seed=f"{kind} {site} {number} {source}", made=FIRST_DAY)
 
@@ -40,7 +41,7 @@ def export_headneck(patient: Patient, folder: str | Path) -> dict[str, Reference
     Planning CT, structures and RT Plan; for each session its CT and kV pairs (`train_1`, `train_1_kv_1` ...). Raises FileExistsError where
     there is an export already."""
     folder, synthetic = Path(folder), patient.kind == "phantom"  # of a real patient the planning CT was scanned, the days are made up
-    study = _study(patient.kind, "headneck", patient.number, patient.source, synthetic=synthetic)
+    study = study_header(patient.kind, "headneck", patient.number, patient.source, synthetic=synthetic)
     structures = {name: mask.astype(bool) for name, mask in patient.structures.items() if mask.any()}
     out = write_study(folder, study, planning=patient.planning, structures=structures, cts={}, kvs={}, geometry=patient.geometry,
                       prescription_gy=patient.prescription_gy, fractions=patient.fractions, gantry_angles_deg=GANTRY_DEG)
@@ -66,8 +67,9 @@ class ThoraxExport(NamedTuple):
 
 def export_thorax(patient: ThoraxPatient, trace: xr.DataArray, folder: str | Path) -> ThoraxExport:
     """Write the first scan of a ThoraxPatient as a DICOM study in `folder`: CT, structures, and the `trace` that it was taken under."""
-    study, folder, scan = _study(patient.kind, "thorax", patient.number, patient.source), Path(folder), patient.scans[0]
-    ct = write_ct(like(scan.ct.values * 1400 - 1000, scan.ct, "HU"), folder / "ct", study, description="free-breathing CT")
+    folder, scan = Path(folder), patient.scans[0]
+    study = study_header(patient.kind, "thorax", patient.number, patient.source)
+    ct = write_ct(unscale_hu(scan.ct), folder / "ct", study, description="free-breathing CT")
     masks = {"lungs": patient.lung_mask_in(scan)}
     if patient.labels is not None:
         labels = patient.labels_in(scan)

@@ -12,7 +12,7 @@ import xarray as xr
 from scipy import ndimage
 
 from ..core.project import KVPhysics, kv_geometry
-from ..core.volume import AXES, check, read_nifti, resample, spacing_mm, volume
+from ..core.volume import AXES, check, read_nifti, resample, spacing_mm, volume, whole_hu
 from .headneck_anatomy import render
 from .headneck_day import Day, day_field, draw_anatomy, draw_day
 from .headneck_masks import body_of, read_structures
@@ -155,8 +155,8 @@ class Placed(NamedTuple):
     structures: dict[str, xr.DataArray]
 
     def on_grid(self, grid: dict) -> Placed:
-        """Both on the planning grid."""
-        ct = resample(self.ct, grid, fill=AIR_HU).astype(np.float32, keep_attrs=True)
+        """Both on the planning grid, the CT in whole HU."""
+        ct = whole_hu(resample(self.ct, grid, fill=AIR_HU))
         return Placed(ct, {n: resample(v, grid, fill=False, order=0) for n, v in self.structures.items()})
 
     def continued(self) -> xr.DataArray:

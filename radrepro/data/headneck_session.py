@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 
 from ..core.project import KVGeometry, KVPhysics, kv_pair
-from ..core.volume import AXES, centred_grid, like, move, rigid, spacing_mm
+from ..core.volume import AXES, centred_grid, like, move, rigid, spacing_mm, whole_hu
 from .headneck_shapes import AIR_HU
 
 FIELD_MM = (384.0, 336.0, 448.0)  # z, y, x: the paper's crop for the primary model
@@ -35,7 +35,7 @@ class SetUp:
 
 @dataclass(frozen=True)
 class Session:
-    """One day. `ct`: CToR in HU in the planning frame and grid. `kvs`: kV pairs (view, v, u), registered.
+    """One day. `ct`: CToR in whole HU in the planning frame and grid. `kvs`: kV pairs (view, v, u), registered.
 
     Only for diagnosis and re-projection: `ct_to_planning` (4 x 4, undoes that day's pose), `kv_residuals` (4 x 4 each),
     `kv_seeds`, `truth` (noise-free anatomy of the day in the planning frame, int16 HU, reaching below the crop)."""
@@ -103,10 +103,10 @@ def _grown(grid: dict, below_mm: float, around_mm: float) -> dict[str, np.ndarra
 
 
 def ct_noise(ct: xr.DataArray, seed: int, sd_hu: float = 8.0) -> xr.DataArray:
-    """`ct` with white noise: sd `sd_hu` in tissue, a quarter of it in air, never below -1024 HU."""
+    """`ct` with white noise: sd `sd_hu` in tissue, a quarter of it in air, never below -1024 HU; whole HU."""
     sd = sd_hu * (0.25 + 0.75 * np.clip((ct.values + 1000) / 1000, 0, 1))
     noise = np.random.default_rng(seed).standard_normal(ct.shape, dtype=np.float32)
-    return like(np.maximum(ct.values + sd * noise, -1024).astype(np.float32), ct)
+    return whole_hu(like(np.maximum(ct.values + sd * noise, -1024), ct))
 
 
 def _random_pose(rng, mm: float, deg: float) -> np.ndarray:
@@ -142,7 +142,7 @@ def acquire(
     return Session(
         name=name,
         week=week,
-        ct=move(raw, np.linalg.inv(pose), fill=AIR_HU, to=grid),
+        ct=whole_hu(move(raw, np.linalg.inv(pose), fill=AIR_HU, to=grid)),
         kvs=kvs,
         ct_to_planning=np.linalg.inv(pose),
         kv_residuals=residuals,

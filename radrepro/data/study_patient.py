@@ -12,7 +12,7 @@ from scipy import ndimage
 
 from ..core.dicom_kv import KVImage, kv_views
 from ..core.project import KVGeometry, KVPhysics, kv_geometry, kv_pair
-from ..core.volume import like, move, rigid
+from ..core.volume import like, move, rigid, whole_hu
 from .headneck import Placed, patient_of, place_ct, table1_prescription
 from .headneck_masks import best_named
 from .headneck_session import Patient, Session, head_box, planning_grid
@@ -138,7 +138,7 @@ def clinical_patient(study: Study, number: int, *, voxel_mm: float, seed: int = 
         truth = like(np.rint(truth.values).astype(np.int16), truth)
         kv_seed = int(np.random.default_rng([seed, number, i, 24]).integers(2**31))
         pairs = pairs[: 1 if test else None] or (kv_pair(truth, geometry, physics, seed=kv_seed, device=device),)
-        sessions.append(Session("test" if test else f"train {i + 1}", ct.week, move(own.ct, turn, fill=AIR_HU, to=grid), pairs,
+        sessions.append(Session("test" if test else f"train {i + 1}", ct.week, whole_hu(move(own.ct, turn, fill=AIR_HU, to=grid)), pairs,
                                 carried, (np.eye(4),) * len(pairs), (kv_seed,) * len(pairs), truth))
     planned = placed.on_grid(grid)
     return Patient(number, "clinical", planned.ct, planned.structures, tuple(sessions), geometry, physics,

@@ -13,7 +13,7 @@ import torch
 import xarray as xr
 from scipy import ndimage
 
-from ..core.volume import AXES, centred_grid, check, like, read_nifti, resample, spacing_mm, volume
+from ..core.volume import AXES, centred_grid, check, like, read_nifti, resample, spacing_mm, volume, whole_hu
 from .thorax_anatomy import BUCKETS, draw, draw_anatomy
 from .thorax_motion import (alpha_from_landmarks, displacement_between, draw_peak_mm, find_landmarks,
                                          phantom_motion, read_landmarks, rest_positions, sample_at)
@@ -22,14 +22,20 @@ from .traces import Breathing, slice_amplitudes, synthetic_trace
 FIELD_OF_VIEW_MM = (320.0, 300.0, 360.0)  # z, y, x
 
 # %% auto #0
-__all__ = ['FIELD_OF_VIEW_MM', 'SCAN_EVERY_S', 'NOISE', 'BUCKET_WORDS', 'scale_hu', 'Scan', 'ThoraxPatient', 'acquire',
-           'phantom_thorax', 'bucket_of', 'find_lungs', 'find_thoraxes', 'real_thorax', 'thorax_of']
+__all__ = ['FIELD_OF_VIEW_MM', 'SCAN_EVERY_S', 'NOISE', 'BUCKET_WORDS', 'scale_hu', 'unscale_hu', 'Scan', 'ThoraxPatient',
+           'acquire', 'phantom_thorax', 'thorax_from', 'bucket_of', 'find_lungs', 'find_thoraxes', 'real_thorax',
+           'thorax_of']
 
 # %% ../../nbs/data/12_thorax.ipynb #a118a547
 def scale_hu(ct: xr.DataArray) -> xr.DataArray:
     """A CT in HU clipped to (-1000, 400) and scaled to 0..1 (units "1"). Raises ValueError where it is not in HU."""
     check(ct, units="HU", name="ct")
     return like(((np.clip(ct.values, -1000, 400) + 1000) / 1400).astype(np.float32), ct, units="1")
+
+
+def unscale_hu(ct: xr.DataArray) -> xr.DataArray:
+    """The whole HU of a CT of `scale_hu`, from -1000 to 400: scaled again, those of whole HU are what they were, to the bit."""
+    return whole_hu(like(ct.values * 1400 - 1000, check(ct, units="1", name="ct"), units="HU"))
 
 # %% ../../nbs/data/12_thorax.ipynb #998e9075
 @dataclass(frozen=True, eq=False)
@@ -97,7 +103,7 @@ NOISE = 12 / 1400
 
 def acquire(reference: xr.DataArray, fine: xr.DataArray, alpha_mm: xr.DataArray, beta_mm: xr.DataArray,
             trace: xr.DataArray, *, n_scans: int, seed: int) -> tuple[Scan, ...]:
-    """`n_scans` scans on the grid of `reference`, sampled from `fine` (0..1) while the patient breathes `trace`.
+    """`n_scans` scans in whole HU on the grid of `reference`, sampled from `fine` (0..1) while the patient breathes `trace`.
 
     Starts are spread over the whole trace. Raises ValueError where the trace is shorter than the scans."""
     rng = np.random.default_rng([seed, 25])
@@ -115,7 +121,7 @@ def acquire(reference: xr.DataArray, fine: xr.DataArray, alpha_mm: xr.DataArray,
         seen = slice_amplitudes(trace, z_mm, start_s=begin_s, scan_s=scan_s, direction=direction)
         values = sample_at(smooth, rest_positions(alpha_mm, beta_mm, seen))[0].numpy()
         values = np.clip(values + NOISE * rng.standard_normal(values.shape, dtype=np.float32), 0, 1)
-        scans.append(Scan(like(values, reference, units="1"), seen.amplitude, seen.rate, direction))
+        scans.append(Scan(scale_hu(unscale_hu(like(values, reference, units="1"))), seen.amplitude, seen.rate, direction))
     return tuple(scans)
 
 
@@ -146,16 +152,26 @@ def phantom_thorax(number: int, *, shape: tuple[int, int, int] = (56, 64, 64), v
     trace = synthetic_trace(SCAN_EVERY_S * max(n_scans, 3), seed=own)
     lungs = like(fine_labels.values == 3, fine_labels)
     tumour_mm = tuple(s * t + p for s, t, p in zip(anatomy.size, anatomy.tumour_mm, anatomy.pose_mm))
-    return _patient(number, "phantom", f"seed {own}", scale_hu(fine_hu), fine_labels, lungs, grid, alpha_mm, beta_mm,
+    return _patient(number, "phantom", f"seed {own}", scale_hu(whole_hu(fine_hu)), fine_labels, lungs, grid, alpha_mm, beta_mm,
                     trace, n_scans, own, tumour_mm)
 
 
 def _patient(number, kind, source, fine, fine_labels, fine_lungs, grid, alpha_mm, beta_mm, trace, n_scans, seed, tumour_mm=None):
-    reference = resample(_averaged(fine, grid), grid, fill=0.0)
-    return ThoraxPatient(
-        number, kind, source, reference, None if fine_labels is None else resample(fine_labels, grid, fill=0, order=0),
-        resample(fine_lungs, grid, fill=0, order=0), alpha_mm, beta_mm,
-        acquire(reference, fine, alpha_mm, beta_mm, trace, n_scans=n_scans, seed=seed), fine, fine_labels, fine_lungs, tumour_mm)
+    scans = acquire(_coarse(fine, grid), fine, alpha_mm, beta_mm, trace, n_scans=n_scans, seed=seed)
+    return thorax_from(number, kind, source, fine, fine_labels, fine_lungs, alpha_mm, beta_mm, scans, tumour_mm)
+
+
+def _coarse(fine, grid):
+    return resample(_averaged(fine, grid), grid, fill=0.0)
+
+
+def thorax_from(number: int, kind: str, source: str, fine: xr.DataArray, fine_labels: xr.DataArray | None, fine_lungs: xr.DataArray,
+                alpha_mm: xr.DataArray, beta_mm: xr.DataArray, scans: tuple[Scan, ...], tumour_mm=None) -> ThoraxPatient:
+    """The ThoraxPatient of an anatomy at rest on a fine grid, and its motion and `scans` on a coarser one; arguments as its fields."""
+    grid = {a: alpha_mm[a].values for a in AXES}
+    labels = None if fine_labels is None else resample(fine_labels, grid, fill=0, order=0)
+    return ThoraxPatient(number, kind, source, _coarse(fine, grid), labels, resample(fine_lungs, grid, fill=0, order=0), alpha_mm, beta_mm,
+                         scans, fine, fine_labels, fine_lungs, tumour_mm)
 
 # %% ../../nbs/data/12_thorax.ipynb #9b75a52f
 BUCKET_WORDS = (  # the first pattern that fits decides
@@ -252,7 +268,7 @@ def thorax_of(ct: xr.DataArray, labels: xr.DataArray | None, number: int, *, kin
     beta_mm = like((lag_s * (0.55 + 0.65 * np.tanh(y)) * alpha_mm.values).astype(np.float32), alpha_mm)
     if trace is None:
         trace = synthetic_trace(SCAN_EVERY_S * max(n_scans, 3), seed=own)
-    return _patient(number, kind, source, scale_hu(fine), fine_labels, chest, grid, alpha_mm, beta_mm,
+    return _patient(number, kind, source, scale_hu(whole_hu(fine)), fine_labels, chest, grid, alpha_mm, beta_mm,
                     trace, n_scans, own)
 
 

@@ -125,14 +125,17 @@ def dose_available() -> bool:
     return importlib.util.find_spec("pyRadPlan") is not None
 
 
-def dose_tasks(preset: Preset, cohort: str, data_dir: str, out_dir: str, device: str, seeds: list[int]) -> list[Task]:
-    """One task per patient and seed, each after its patient's own task in `radrepro.kv2ct.evaluate.tasks`; none without pyRadPlan."""
+def dose_tasks(preset: Preset, cohort: str, data_dir: str, out_dir: str, device: str, seeds: list[int],
+               exported: str = "") -> list[Task]:
+    """One task per patient and seed, each after its patient's own task in `radrepro.kv2ct.evaluate.tasks`; none without pyRadPlan.
+
+    `exported`: as for `headneck_cases`."""
     models = 16 if preset.kv2ct.every_baseline else len(MAIN_MODELS)
     several = len(seeds) > 1
     return [Task(f"A: dose, patient {case.number}" + (f", seed {seed}" if several else ""), run_dose,
                  (case, preset.name, hlut_of_tables(), seed, str(out_dir), device), cost=25.0 + 14.0 * models,
                  after=(f"A: patient {case.number}" + (f", seed {seed}" if several else ""),))
-            for seed in seeds for case in headneck_cases(cohort, preset.kv2ct.patients, data_dir=data_dir)] if dose_available() else []
+            for seed in seeds for case in headneck_cases(cohort, preset.kv2ct.patients, data_dir=data_dir, exported=exported)] if dose_available() else []
 
 
 def hlut_of_tables() -> HLUT:

@@ -266,13 +266,18 @@ def _measure(patient: Patient, converters: dict[str, Converter], preset: KV2CTPr
     return values, errors, volumes | {"truth": torch.from_numpy(patient.test.ct.values)}
 
 
-def tasks(preset: Preset, cohort: str, data_dir: str, out_dir: str, device: str, seeds: list[int]) -> list[Task]:
-    """One task per patient and seed for `radrepro.train.runs.fan_out`."""
+def tasks(preset: Preset, cohort: str, data_dir: str, out_dir: str, device: str, seeds: list[int], exported: str = "") -> list[Task]:
+    """One task per patient and seed for `radrepro.train.runs.fan_out`; `exported`: as for `headneck_cases`.
+
+    None where the cohort has no head-and-neck patient."""
     plan = preset.kv2ct
+    cases = headneck_cases(cohort, plan.patients, data_dir=data_dir, exported=exported)
+    if not cases:
+        return []
     # seconds on one core at 4 mm: drawing and measuring, virtual days, then primary and secondary twice, and the primary with the compute of both
     cost = 50 + 0.5 * plan.virtual_days + 0.05 * (3 * plan.primary.steps + 3 * plan.secondary.steps)
     numbers = list(range(1, 1 + {"quick": 1, "laptop": 3}.get(preset.name, 5)))
     curve = Task("A: residual curve", run_residuals, (numbers, plan.voxel_mm if plan.voxel_mm >= 4 else 4, str(out_dir)), cost=100.0)
     return [curve] + [Task(f"A: patient {case.number}" + (f", seed {seed}" if len(seeds) > 1 else ""), run_patient,
                  (case, preset.name, seed, str(out_dir), device), cost=cost * (1.3 if case.number <= plan.literal_patients else 1.0))
-            for seed in seeds for case in headneck_cases(cohort, plan.patients, data_dir=data_dir)]
+            for seed in seeds for case in cases]

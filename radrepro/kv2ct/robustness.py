@@ -177,12 +177,15 @@ def run_robustness(case: HeadNeckCase, preset_name: str, seed: int, out_dir: str
     return str(run_stage(out_dir, "kv2ct/robustness", key, measure, modules=_CODE) / "values.csv")
 
 
-def robustness_tasks(preset: Preset, cohort: str, data_dir: str, out_dir: str, device: str, seeds: list[int]) -> list[Task]:
-    """A task per patient (1; from the workstation preset on 1 to 3) and seed, each after its patient's own in `evaluate.tasks`."""
+def robustness_tasks(preset: Preset, cohort: str, data_dir: str, out_dir: str, device: str, seeds: list[int],
+                     exported: str = "") -> list[Task]:
+    """A task per patient (1; from the workstation preset on 1 to 3) and seed, each after its patient's own in `evaluate.tasks`.
+
+    `exported`: as for `headneck_cases`."""
     plan, patients = preset.kv2ct, 1 if preset.name in ("quick", "laptop") else 3
     # seconds on one core at 4 mm: drawing and measuring, virtual days for each number of sessions, four fits for each further one
     cost = 30.0 + 2.0 * plan.virtual_days + 0.1 * (plan.primary.steps + plan.secondary.steps)
     name = lambda case, seed: f"patient {case.number}" + (f", seed {seed}" if len(seeds) > 1 else "")
     return [Task(f"A: robustness, {name(case, seed)}", run_robustness, (case, preset.name, seed, str(out_dir), device), cost=cost,
                  after=(f"A: {name(case, seed)}",))
-            for seed in seeds for case in headneck_cases(cohort, min(patients, plan.patients), data_dir=data_dir)]
+            for seed in seeds for case in headneck_cases(cohort, min(patients, plan.patients), data_dir=data_dir, exported=exported)]

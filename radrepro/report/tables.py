@@ -40,7 +40,11 @@ def write_headline(claims: pd.DataFrame, title: str, out_dir: Path | str) -> Pat
 
 
 def show(rows: pd.DataFrame, title: str, *, digits: int = 2):
-    """A styled table of `rows`: patient, model, metric, detail, paper, ours and spread, n, difference, verdict."""
+    """A styled table of `rows`: patient, model, metric, detail, paper, ours and spread, n, difference, verdict.
+
+    Without rows, this and the two tables below are a caption that says so: a cohort may have patients of one paper alone."""
+    if rows.empty:
+        return _nothing(title)
     shown = rows.assign(
         paper=rows.published.map(lambda v: "" if pd.isna(v) else f"{v:.{digits}f}"),
         difference=(rows.ours - rows.published).map(lambda v: "" if pd.isna(v) else f"{v:+.{digits}f}"),
@@ -52,6 +56,10 @@ def show(rows: pd.DataFrame, title: str, *, digits: int = 2):
     style = shown[columns].style.hide(axis="index").set_caption(f"{title} · {_run_of(rows)}")
     return style.map(lambda v: next((f"color: {c}" for k, c in colours.items() if str(v).startswith(k)), "color: gray"),
                      subset=["verdict"]).set_table_styles(_LOOK)
+
+
+def _nothing(title: str):
+    return pd.DataFrame().style.set_caption(f"{title}: nothing to measure in this cohort").set_table_styles(_LOOK)
 
 
 def _run_of(rows: pd.DataFrame) -> str:
@@ -66,6 +74,8 @@ _LOOK = [{"selector": "caption", "props": "font-weight: bold; text-align: left; 
 def show_means(rows: pd.DataFrame, title: str, *, by: str = "detail", digits: int = 1):
     """The means over patients of `rows` with their spread, or the one patient's own numbers: models by `by` (detail or metric), the longer
     of both downwards."""
+    if rows.empty:
+        return _nothing(title)
     who = "mean" if (rows.patient == "mean").any() else rows.patient.iloc[0]
     means = rows[rows.patient == who].copy()
     means[by] += " [" + means.unit + "]"
@@ -79,6 +89,8 @@ def show_means(rows: pd.DataFrame, title: str, *, by: str = "detail", digits: in
 
 def show_patients(rows: pd.DataFrame, title: str, *, digits: int = 1):
     """`rows` of one metric and detail as the paper lays it out: a line per patient, a column per model (ours), the paper's beside."""
+    if rows.empty:
+        return _nothing(title)
     detail, unit = rows.detail.iloc[0], rows.unit.iloc[0]
     wide = rows.pivot_table(index="patient", columns="model", values="ours", sort=False)
     paper = rows.pivot_table(index="patient", columns="model", values="published", sort=False).add_prefix("paper: ")

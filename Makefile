@@ -21,7 +21,7 @@ tables: $(VENV)/ready
 	@echo "tables: $(OUT)/tables.html  $(OUT)/tables.ipynb  $(OUT)/tables/*.csv"
 	@cat $(OUT)/tables/headline.txt
 
-figures: $(VENV)/ready
+figures: $(VENV)/ready-dev
 	@mkdir -p $(OUT)
 	@$(BIN)/papermill nbs/figures.ipynb $(OUT)/figures.ipynb --no-progress-bar -p preset $(PRESET) -p cohort $(COHORT) \
 	  -p out_dir $(OUT) $(if $(DATA_DIR),-p data_dir $(DATA_DIR)) $(if $(SEEDS),-p seeds $(SEEDS)) $(if $(DEVICE),-p device $(DEVICE)) \
@@ -29,32 +29,37 @@ figures: $(VENV)/ready
 	@$(BIN)/jupyter nbconvert --log-level ERROR --no-input --to html $(OUT)/figures.ipynb
 	@echo "figures: $(OUT)/figures.html  $(OUT)/figures/*.html  *.png  *.csv"
 
-test: $(VENV)/ready
+test: $(VENV)/ready-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term --cov-fail-under=90
 
-bench: $(VENV)/ready
+bench: $(VENV)/ready-dev
 	@for script in $(if $(ONLY),benchmarks/$(ONLY).py,$(filter-out benchmarks/harness.py,$(wildcard benchmarks/*.py))); do \
 	  $(BIN)/python $$script || exit 1; done
 
 # The lessons with their outputs: each picture as Plotly to touch and as PNG for pages that show none. Needs Chrome or Chromium.
-lessons: $(VENV)/ready
+lessons: $(VENV)/ready-dev
 	PLOTLY_RENDERER=plotly_mimetype+png $(BIN)/jupyter nbconvert --log-level ERROR --execute --inplace $(or $(ONLY),$(wildcard nbs/*/[0-9]*.ipynb))
 	$(BIN)/python scripts/shrink_pictures.py $(or $(ONLY),$(wildcard nbs/*/[0-9]*.ipynb))
 	$(BIN)/nbdev_clean
 
 # README.md is nbs/index.ipynb, executed.
-readme: $(VENV)/ready
+readme: $(VENV)/ready-dev
 	$(BIN)/jupyter nbconvert --log-level ERROR --execute --to markdown --TagRemovePreprocessor.enabled=True \
 	  --TagRemovePreprocessor.remove_input_tags hide_input nbs/index.ipynb --output-dir . --output README
 
-# torch first: any other request would bring another build of it. pyRadPlan last and alone: its metadata ask for a dozen
-# language-model SDKs that it never imports; what it needs is the extra `dose`.
+# What the tables need. torch first: any other request would bring another build of it. pyRadPlan last and alone: its metadata ask
+# for a dozen language-model SDKs that it never imports; what it needs is the extra `dose`.
 $(VENV)/ready: constraints.txt settings.ini setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "expected Python 3.11 or newer, got " + sys.version.split()[0] + ": set PYTHON=python3.11")'
 	$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $$(grep '^torch==' constraints.txt)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,dose]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dose]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $$(grep '^pyRadPlan==' constraints.txt)
+	touch $@
+
+# What tests, benchmarks, lessons and pictures as PNG need too.
+$(VENV)/ready-dev: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,dose]'
 	touch $@
 
 clean:

@@ -154,6 +154,10 @@ def test_notebooks_travel_in_the_package(monkeypatch, tmp_path):
     assert '"radrepro.notebooks": ["tables.ipynb", "figures.ipynb"]' in (ROOT / "setup.py").read_text()
 
 
+def when(ds: pydicom.Dataset) -> list[pydicom.DataElement]:
+    return [e for e in ds if e.VR in ("DA", "TM", "DT") and e.tag.group == 8]
+
+
 @pytest.fixture(scope="module")
 def clinic(tmp_path_factory) -> Path:
     """A study as a clinic has it: canaries wherever a header has room, in the names of files and folders, and a damaged file among them."""
@@ -162,11 +166,10 @@ def clinic(tmp_path_factory) -> Path:
     for part in parts.values():
         for i, path in enumerate(part.files):
             ds = pydicom.dcmread(path)
-            when = lambda: [e for e in ds if e.VR in ("DA", "TM", "DT") and e.tag.group == 8]
-            days = when()  # by them a kV pair finds its CT
+            days = when(ds)  # by them a kV pair finds its CT
             canaries.plant(ds, top=i == 0)
-            for e in [*when(), ds.get_item("DirectoryRecordSequence")]:  # with the last it would be a DICOMDIR
-                ds.pop(e and e.tag, None)
+            for tag in [*(e.tag for e in when(ds)), 0x00041220]:  # the last would make it a DICOMDIR
+                ds.pop(tag, None)
             for e in days:
                 ds.add(e)
             ds.PatientName, ds.PatientID, ds.PatientBirthDate = "Canary^Name", "CANARYID77", "19310417"

@@ -61,11 +61,12 @@ def test_4d_lung_holds_ten_phases_and_their_contours_of_one_study_of_each_patien
     assert (ct.groupby("patient").files.nunique() == 1).all()  # every phase has the same slices
 
 
-# The index itself: pip install idc-index-data duckdb
+# The index itself, as IDC ships it in a wheel
 
 def index_rows(collections: list[str]) -> pd.DataFrame:
-    index = pytest.importorskip("idc_index_data", reason="needs IDC's index: pip install 'radrepro[data]'")
-    duckdb = pytest.importorskip("duckdb", reason="needs duckdb to read IDC's index: pip install 'radrepro[data]'")
+    import duckdb
+    import idc_index_data as index
+
     where = ", ".join(f"'{c}'" for c in collections)
     return duckdb.sql(f"select * from '{index.IDC_INDEX_PARQUET_FILEPATH}' where collection_id in ({where})").df()
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 from pydicom.datadict import dictionary_VR, tag_for_keyword
+from pydicom.pixels import get_decoder
 
 from .dicom_layout import PIXEL_DATA, UNDEFINED, DicomError, DicomWarning, Layout, layout, refusal, remark, tag_name
 
@@ -218,12 +219,25 @@ def open_dicom(path: str | Path, *, pixels: bool = False) -> pydicom.Dataset:
     return ds
 
 
+_DECODERS = ("pylibjpeg", "pyjpegls", "pydicom", "pillow")  # not GDCM, which ends the process over a damaged stream
+
+
+def _unpacked(ds: pydicom.Dataset) -> np.ndarray:
+    syntax, plugin = ds.file_meta.TransferSyntaxUID, ""
+    if syntax.is_encapsulated:
+        there = get_decoder(syntax).available_plugins
+        plugin = next((p for p in _DECODERS if p in there), None)
+        if plugin is None:
+            raise NotImplementedError(f"no decoder among {_DECODERS}")
+    return pydicom.pixels.pixel_array(ds, raw=True, decoding_plugin=plugin)
+
+
 def pixel_values(ds: pydicom.Dataset, *, file: str | Path) -> np.ndarray:
     """The stored numbers of a data set that `open_dicom` opened with its pixels: (rows, columns), or (frames, rows, columns).
 
     Raises DicomError where they cannot be unpacked; `file`: whose name it gives."""
     try:
-        return _quietly(file, PIXEL_DATA, lambda: pydicom.pixels.pixel_array(ds, raw=True))
+        return _quietly(file, PIXEL_DATA, lambda: _unpacked(ds))
     except DicomError as e:
         got = str(e).split("got ")[1].split(":")[0]  # the decoder's kind of error
         raise refusal(file, PIXEL_DATA, "pixels that can be unpacked", got,

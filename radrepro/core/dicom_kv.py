@@ -12,7 +12,7 @@ import xarray as xr
 from pydicom import uid
 from scipy import ndimage
 
-from .dicom import element, open_dicom
+from .dicom import element, open_dicom, pixel_values
 from .dicom_layout import refusal, remark
 from .dicom_rt import expect_class
 from .project import KVGeometry
@@ -171,7 +171,7 @@ def read_kv(file: str | Path, *, position: str | None = None) -> KVImage:
     if min(view.pitch_mm) <= 0:
         raise refusal(file, "ImagePlanePixelSpacing", "a pitch above 0 mm", "zero or less", "export the image again")
     try:
-        pixels = ds.pixel_array.reshape(get("Rows", 1, int), get("Columns", 1, int)).astype(np.float32)
+        pixels = pixel_values(ds, file=file).reshape(get("Rows", 1, int), get("Columns", 1, int)).astype(np.float32)
     except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
         raise refusal(file, "PixelData", "rows x columns of numbers", "something else",
                       "export the image again, not compressed") from None

@@ -12,7 +12,7 @@ import pydicom
 import xarray as xr
 from pydicom import uid
 
-from .dicom import element, items, open_dicom
+from .dicom import element, items, open_dicom, pixel_values
 from .dicom_layout import refusal, remark
 from .volume import check, volume
 
@@ -134,7 +134,7 @@ def read_dose(file: str | Path) -> Dose:
         raise refusal(file, "ImageOrientationPatient", "axes parallel to the patient's", "slanted ones",
                       "export the dose on an upright grid")
     try:
-        pixels = ds.pixel_array.reshape(frames, rows, columns)
+        pixels = pixel_values(ds, file=file).reshape(frames, rows, columns)
     except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
         raise refusal(file, "PixelData", "frames x rows x columns of numbers", "something else",
                       "export the dose again, not compressed") from None

@@ -48,10 +48,10 @@ def projected(patient: Patient, ct: xr.DataArray, device: str = "cpu") -> np.nda
 
 def changed_day(patient: Patient, session: Session, kv: int, displacement_mm: torch.Tensor, before: np.ndarray, *,
                 device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
-    """CT (Z, Y, X) in HU and kV pair (2, V, U) of a session, number `kv`, after a pull-back displacement (1, 3, Z, Y, X) in mm.
+    """CT (Z, Y, X) in whole HU and kV pair (2, V, U) of a session, number `kv`, after a pull-back displacement (1, 3, Z, Y, X) in mm.
 
     `before`: the `projected` CT of the session."""
-    ct = warp(torch.from_numpy(session.ct.values)[None, None].float(), displacement_mm, spacing_mm(patient.planning))[0, 0]
+    ct = warp(torch.from_numpy(session.ct.values)[None, None].float(), displacement_mm, spacing_mm(patient.planning))[0, 0].round()
     after = projected(patient, like(ct.numpy(), patient.planning, "HU"), device)
     return ct, torch.from_numpy(session.kvs[kv].values + after - before)
 

@@ -6,28 +6,29 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from ..data.cohorts import headneck_cases, thorax_cases
+from ..data.cohorts import HeadNeckCase, ThoraxCase, headneck_cases, thorax_cases
+from ..data.truth import write_headneck
+from ..data.truth_thorax import write_thorax
 from ..train.presets import Preset
 from ..train.runs import Task, fan_out, run_stage
 
 # %% auto #0
-__all__ = ['SOURCES', 'exported_cohort']
+__all__ = ['SOURCES', 'WRITERS', 'exported_cohort']
 
 # %% ../../nbs/report/76_source.ipynb #75e5ac2d
 SOURCES = ("memory", "dicom")
 
 
-def _write_task(case, size: tuple, folder: str, *, report) -> str:
+WRITERS = {"headneck": write_headneck, "thorax": write_thorax}
+
+
+def _write_task(site: str, case: HeadNeckCase | ThoraxCase, size: tuple, folder: str, *, report) -> str:
     report(0.0, "writing DICOM")
-    done = Path(folder) / f"{'headneck' if len(size) == 1 else 'thorax'}_{case.number:03d}"
+    done = Path(folder) / f"{site}_{case.number:03d}"
     if not done.exists():  # else a run that was killed has finished it
         half = done.with_suffix(".half")
         shutil.rmtree(half, ignore_errors=True)
-        if len(size) == 1:
-            from radrepro.data.truth import write_headneck as write
-        else:
-            from radrepro.data.truth_thorax import write_thorax as write
-        write(case.load(*size), half)
+        WRITERS[site](case.load(*size), half)
         half.rename(done)
     return done.name
 
@@ -46,8 +47,8 @@ def exported_cohort(source: str, preset: Preset, cohort: str, data_dir: str, out
     cases = {"headneck": headneck_cases(cohort, heads.patients, data_dir=data_dir), "thorax": thorax_cases(cohort, **split, data_dir=data_dir)}
 
     def make(folder: Path) -> None:
-        fan_out([Task(f"{site} {c.number}", _write_task, (c, sizes[site], str(folder)), cost=5.0) for site in cases for c in cases[site]],
+        fan_out([Task(f"{site} {c.number}", _write_task, (site, c, sizes[site], str(folder)), cost=5.0) for site in WRITERS for c in cases[site]],
                 label="DICOM")
 
     key = {"sizes": sizes, "cases": {site: [c.key() for c in of] for site, of in cases.items()}}
-    return str(run_stage(out_dir, "dicom", key, make, modules=("report.source", "data.truth_thorax")))
+    return str(run_stage(out_dir, "dicom", key, make, modules=("report.source",)))

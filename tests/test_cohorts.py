@@ -12,8 +12,13 @@ from hypothesis import strategies as st
 from made_up import write_landmarks
 
 from radrepro.core.volume import AXES
+from radrepro.ct5d import stages as ct5d
+from radrepro.ct5d import studies
 from radrepro.data.cohorts import KINDS, HeadNeckCase, ThoraxCase, find_data_dir, headneck_cases, thorax_cases
 from radrepro.data.headneck import BRAINSTEM_MM
+from radrepro.kv2ct import dosimetry, robustness
+from radrepro.kv2ct import evaluate as kv2ct
+from radrepro.train.presets import get_preset
 
 COUNTS = st.integers(0, 40)
 SMALL = ((28, 30, 32), (11.0, 10.0, 11.0))
@@ -194,3 +199,12 @@ def test_real_data_hold_enough_patients(data_dir):
     chests = [c for c in thorax_cases("real", train=1, validation=0, test=10, data_dir=data_dir) if c.split == "test"]
     assert len(chests) >= 2 and {c.kind for c in chests} == {"real"} and all(Path(c.landmarks).is_dir() for c in chests)
     assert len({c.key()["content"] for c in (*heads[:3], *chests)}) == len(heads[:3]) + len(chests)
+
+
+def test_every_task_of_a_run_from_dicom_gets_the_exported_patients():
+    """Else it would draw them again, with the same numbers, and nobody would see it."""
+    told = get_preset("workstation"), "phantom", "", "out", "cpu", [0], "folder"
+    for tasks in (ct5d.tasks, studies.study_tasks, kv2ct.tasks, dosimetry.dose_tasks, robustness.robustness_tasks):
+        held = [a for t in tasks(*told) for b in t.arguments for a in (b if isinstance(b, list) else [b])]
+        cases = [a for a in held if isinstance(a, (HeadNeckCase, ThoraxCase))]
+        assert cases and all(c.exported and c.folder.startswith("folder/") for c in cases), tasks.__module__

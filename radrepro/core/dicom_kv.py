@@ -170,11 +170,9 @@ def read_kv(file: str | Path, *, position: str | None = None) -> KVImage:
     view = _rt_image(ds, file, position) if kind == uid.RTImageStorage else _x_ray(ds, file)
     if min(view.pitch_mm) <= 0:
         raise refusal(file, "ImagePlanePixelSpacing", "a pitch above 0 mm", "zero or less", "export the image again")
-    try:
-        pixels = pixel_values(ds, file=file).reshape(get("Rows", 1, int), get("Columns", 1, int)).astype(np.float32)
-    except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
-        raise refusal(file, "PixelData", "rows x columns of numbers", "something else",
-                      "export the image again, not compressed") from None
+    pixels, shape = pixel_values(ds, file=file).astype(np.float32), (get("Rows", 1, int), get("Columns", 1, int))
+    if pixels.shape != shape:
+        raise refusal(file, "PixelData", "rows x columns of numbers", "something else", "export the image again, not compressed")
     pixels = pixels * np.float32(get("RescaleSlope", default=1.0)) + np.float32(get("RescaleIntercept", default=0.0))
     angle = float(np.rad2deg(np.arctan2(view.source_xyz[0], -view.source_xyz[1]))) % 360
     camera = KVGeometry(1.0, (1, 1), 1000.0, 1.5, (angle,)).camera(angle)[:3, :2]  # columns: u, v in the patient

@@ -133,11 +133,10 @@ def read_dose(file: str | Path) -> Dose:
     if sorted(along) != [0, 1, 2] or not np.allclose(abs(directions[range(3), along]), 1, atol=1e-5):
         raise refusal(file, "ImageOrientationPatient", "axes parallel to the patient's", "slanted ones",
                       "export the dose on an upright grid")
-    try:
-        pixels = pixel_values(ds, file=file).reshape(frames, rows, columns)
-    except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
-        raise refusal(file, "PixelData", "frames x rows x columns of numbers", "something else",
-                      "export the dose again, not compressed") from None
+    pixels = pixel_values(ds, file=file)
+    if pixels.size != frames * rows * columns:
+        raise refusal(file, "PixelData", "frames x rows x columns of numbers", "something else", "export the dose again, not compressed")
+    pixels = pixels.reshape(frames, rows, columns)
     if pixels.size and pixels.min() < 0:
         raise refusal(file, "PixelData", "dose of 0 Gy or more", "negative dose", "export the dose itself, not a difference")
     steps = (_plane_offsets(ds, file, frames, position, normal), *(np.arange(n) * s for n, s in zip(pixels.shape[1:], spacing)))

@@ -17,8 +17,6 @@ __all__ = ['SOURCES', 'WRITERS', 'exported_cohort']
 
 # %% ../../nbs/report/76_source.ipynb #75e5ac2d
 SOURCES = ("memory", "dicom")
-
-
 WRITERS = {"headneck": write_headneck, "thorax": write_thorax}
 
 

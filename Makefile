@@ -8,6 +8,8 @@ BIN = $(VENV)/bin
 # Set TORCH_INDEX to PyTorch's CPU index (named on its install page) where pip's own index only has CUDA builds.
 TORCH_INDEX ?=
 export OMP_NUM_THREADS ?= 1
+# The page keeps its parameters, and a clinic's folder may name a patient: so the page is given the variable, not the path.
+export RADREPRO_DATA_DIR = $(DATA_DIR)
 
 .PHONY: tables figures test bench lessons readme clean
 .DELETE_ON_ERROR:
@@ -15,7 +17,7 @@ export OMP_NUM_THREADS ?= 1
 tables: $(VENV)/ready
 	@mkdir -p $(OUT)
 	@$(BIN)/papermill nbs/tables.ipynb $(OUT)/tables.ipynb --no-progress-bar -p preset $(PRESET) -p cohort $(COHORT) \
-	  -p out_dir $(OUT) $(if $(DATA_DIR),-p data_dir $(DATA_DIR)) $(if $(SEEDS),-p seeds $(SEEDS)) $(if $(DEVICE),-p device $(DEVICE)) \
+	  -p out_dir $(OUT) $(if $(DATA_DIR),-p data_dir '$$RADREPRO_DATA_DIR') $(if $(SEEDS),-p seeds $(SEEDS)) $(if $(DEVICE),-p device $(DEVICE)) \
 	  $(if $(SOURCE),-p source $(SOURCE))
 	@$(BIN)/jupyter nbconvert --log-level ERROR --no-input --to html $(OUT)/tables.ipynb
 	@echo "tables: $(OUT)/tables.html  $(OUT)/tables.ipynb  $(OUT)/tables/*.csv"
@@ -24,7 +26,7 @@ tables: $(VENV)/ready
 figures: $(VENV)/ready-dev
 	@mkdir -p $(OUT)
 	@$(BIN)/papermill nbs/figures.ipynb $(OUT)/figures.ipynb --no-progress-bar -p preset $(PRESET) -p cohort $(COHORT) \
-	  -p out_dir $(OUT) $(if $(DATA_DIR),-p data_dir $(DATA_DIR)) $(if $(SEEDS),-p seeds $(SEEDS)) $(if $(DEVICE),-p device $(DEVICE)) \
+	  -p out_dir $(OUT) $(if $(DATA_DIR),-p data_dir '$$RADREPRO_DATA_DIR') $(if $(SEEDS),-p seeds $(SEEDS)) $(if $(DEVICE),-p device $(DEVICE)) \
 	  $(if $(PATIENT),-p patient $(PATIENT))
 	@$(BIN)/jupyter nbconvert --log-level ERROR --no-input --to html $(OUT)/figures.ipynb
 	@echo "figures: $(OUT)/figures.html  $(OUT)/figures/*.html  *.png  *.csv"

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -31,6 +32,7 @@ from radrepro.dose.protons import PlanSize
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = make_parser()._subparsers._group_actions[0].choices
+SAME_IN_A_STUDY = ("PatientBirthDate", "StudyDate", "StudyTime", "StudyDescription", "ReferringPhysicianName")
 SECRETS = ("Canary", "CANARY", "http://canary", "1.2.999.7777777", "19310417", "20010108", "20010115", "2001-01-08")
 
 
@@ -90,7 +92,7 @@ def test_json_is_alone_on_stdout(tmp_path):
     code, out, err = called("verify", tmp_path, "--json")
     assert code == 1 and json.loads(out)["missing"] == ["a.txt"] and "missing: a.txt" in err
     code, out, err = called("verify", tmp_path)
-    assert code == 1 and out == "missing: a.txt\n" and not err
+    assert code == 1 and out == "missing: a.txt\n" and err == "radrepro verify: expected 1 files as they were written, got 1 that are not: fetch or copy them again\n"
 
 
 def test_what_the_library_prints_goes_to_stderr(monkeypatch, tmp_path):
@@ -161,7 +163,8 @@ def when(ds: pydicom.Dataset) -> list[pydicom.DataElement]:
 @pytest.fixture(scope="module")
 def clinic(tmp_path_factory) -> Path:
     """A study as a clinic has it: canaries wherever a header has room, in the names of files and folders, and a damaged file among them."""
-    home, canaries = tmp_path_factory.mktemp("clinic"), Canaries()
+    home, canaries = tmp_path_factory.mktemp("clinic") / "Canary clinic", Canaries()
+    home.mkdir()
     parts = export_headneck(phantom_patient(1, voxel_mm=8), home / "Canary_Jane")
     for part in parts.values():
         for i, path in enumerate(part.files):
@@ -194,44 +197,52 @@ def uids(home: Path) -> list[str]:
 
 def test_a_whole_run_names_nobody(clinic):
     """From the folder to the tables and the page: what is printed and all that is left behind, searched for every canary."""
-    study, copy, run = clinic / "Canary_Jane", clinic / "copy", clinic / "run"
+    room, study = clinic.parent, clinic / "Canary_Jane"
+    copy, run = room / "copy", room / "run"
     sizes = ("--preset", "quick", "--out-dir", run)
-    steps = [(0, "tables", "--cohort", "clinical", "--data-dir", clinic, *sizes), (0, "inspect", study, "--json"), (1, "inspect", clinic / "Canary missing"),
-             (1, "synthesise", study, clinic / "refused", *sizes), (1, "imagine", study, clinic / "refused", "--weights", clinic),
-             (1, "ingest", study, copy, "--secret-file", clinic / "secret.txt"),  # 1: the damaged file and the table are left out
-             (0, "fit", study, *sizes), (0, "report", study, *sizes, "--json"),
-             (0, "synthesise", study, clinic / "sct", *sizes, "--identified"), (1, "synthesise", copy, clinic / "sct", *sizes)]
-    (clinic / "secret.txt").write_text("a secret for tests 2")
+    steps = [(0, "tables", "--cohort", "clinical", "--data-dir", clinic, *sizes), (0, "inspect", study), (1, "inspect", clinic / "Canary missing"),
+             (1, "synthesise", study, room / "refused", *sizes), (1, "imagine", study, room / "refused", "--weights", clinic),
+             (1, "synthesise", study, study / "refused", *sizes, "--identified"),
+             (1, "ingest", study, copy, "--secret-file", room / "secret.txt"),  # 1: the damaged file and the table are left out
+             (0, "fit", study, *sizes), (0, "report", study, *sizes),
+             (0, "synthesise", study, room / "sct", *sizes, "--identified"), (1, "synthesise", copy, room / "sct", *sizes)]
+    (room / "secret.txt").write_text("a secret for tests 2")
     said = ""
     for code, *argv in steps:
-        got, out, err = called(*argv)
-        assert got == code, f"{argv[0]}: exit code {got}, {err}"
+        got, out, err = called(*argv, "--json")
+        assert got == code == json.loads(out)["exit_code"], f"{argv[0]}: exit code {got}, {err}"
         assert code == 0 or argv[0] == "ingest" or len(err.splitlines()) <= 2
         said += out + err
     secrets = [*SECRETS, *uids(clinic)]
     assert not [s for s in secrets if s in said]
     left = [p for folder in (copy, run) for p in folder.rglob("*") if p.is_file()]
-    telling = [p for p in left if any(s.encode() in p.read_bytes() or s in str(p.relative_to(clinic)) for s in secrets)]
-    assert len(left) > 200 and not telling and not (clinic / "refused").exists()
+    telling = [p for p in left if any(s.encode() in p.read_bytes() or s in str(p.relative_to(room)) for s in secrets)]
+    assert len(left) > 200 and not telling and not (room / "refused").exists()
     rows = pd.concat([pd.read_csv(p) for p in sorted((run / "tables").glob("*_table*.csv"))])
     assert set(rows.paper) == {"A"} and {"fused", "primary"} <= set(rows.model)  # a clinic of heads: Paper B is left out
     assert set(rows[~rows.detail.str.contains("residual sd")].cohort) == {"clinical"}
     page = (run / "report.html").read_text()
     assert "Patient 1" in page and not re.search(r"<(script|link|img|iframe)[^>]*(src|href)=", page)
     # on purpose alone: the series joins the patient's own study
-    made = pydicom.dcmread(next((clinic / "sct").rglob("*.dcm")))
+    made = pydicom.dcmread(next((room / "sct").rglob("*.dcm")))
     assert made.PatientID == "CANARYID77" and made.StudyInstanceUID in secrets
+    theirs = pydicom.dcmread(min((study / "planning").glob("*.dcm")))
+    assert theirs.StudyDescription == "Canary plan" and all(made[k].value == theirs[k].value for k in SAME_IN_A_STUDY)
+    if shutil.which("dciodvfy"):  # of the header only: its own values come from a canary-planted file
+        said = subprocess.run(["dciodvfy", next((room / "sct").rglob("*.dcm"))], check=False, capture_output=True, text=True, timeout=60).stderr
+        assert "Error" not in said, said
     digits = StudyCase(str(copy)).study.planning.id
     assert "Canary" not in str(join_study(copy, digits).study.subject)
 
 
 def test_a_copy_keeps_the_kv_pairs(clinic):
     """A copy has no times of day; under this secret the order of the new UIDs alone would pair a frontal view with another pair's lateral one."""
-    if not (clinic / "copy").exists():
-        (clinic / "secret.txt").write_text("a secret for tests 2")
-        called("ingest", clinic / "Canary_Jane", clinic / "copy", "--secret-file", clinic / "secret.txt")
+    room = clinic.parent
+    if not (room / "copy").exists():
+        (room / "secret.txt").write_text("a secret for tests 2")
+        called("ingest", clinic / "Canary_Jane", room / "copy", "--secret-file", room / "secret.txt")
     taken = [kv.values for session in phantom_patient(1, voxel_mm=8).sessions for kv in session.kvs]
-    pairs = [pair for ct in StudyCase(str(clinic / "copy")).study.cts for pair in ct.kvs]
+    pairs = [pair for ct in StudyCase(str(room / "copy")).study.cts for pair in ct.kvs]
     assert len(pairs) == len(taken)
     assert all(min(max(abs(view.image.values - kv[i]).max() for i, view in enumerate(pair)) for kv in taken) < 1e-3 for pair in pairs)
 

@@ -1,6 +1,7 @@
 """Structures, dose, plan and registration: against geometry, against matplotlib and plastimatch, and against files of others."""
 
 import subprocess
+import tracemalloc
 import warnings
 from shutil import which
 
@@ -82,6 +83,33 @@ def test_filling_is_the_even_odd_rule(seed, n):
         np.testing.assert_array_equal(
             fill_polygons([polygon], y, x).ravel(), Polygon(polygon).contains_points(np.c_[xx.ravel(), yy.ravel()])
         )
+
+
+def test_what_small_files_cost(tmp_path, monkeypatch):
+    """A zigzag over all rows, contours a kilometre away and hundreds in one plane need no more memory than the masks do."""
+    rng = np.random.default_rng(0)
+    polygons = [rng.uniform(-20, 20, (9, 2)) for _ in range(3)]
+    y, x = np.arange(-22, 22) * 1.01, np.arange(-22, 22) * 0.97
+    whole = fill_polygons(polygons, y, x)
+    monkeypatch.setattr("radrepro.core.dicom_structures._CROSSINGS", 5)
+    np.testing.assert_array_equal(fill_polygons(polygons, y, x), whole)
+    monkeypatch.undo()
+    far = [closed_contour([(-1e6, 1e6), (1e6, 1e6), (0, -1e6)], z) for z in (0.0, 2.5)]
+    crowd = [closed_contour(np.round(square(0, 0, 5) + rng.uniform(-30, 30, 2), 3), 0.0) for _ in range(200)]
+    turn = read_registration(write_registration(tmp_path / "r.dcm", ("1.2.8", [rigid((0, 0, 0), (0, 0, 5))], "RIGID")))
+    fine = [closed_contour(square(0, 0, 5), z) for z in (0.0, 0.2)]
+    rs = write_structure_set(tmp_path / "s.dcm", [("far", far), ("crowd", crowd), ("miss", [closed_contour(square(1e6, 0, 5), 0.0)])])
+    tracemalloc.start()
+    for more in ({}, {"frame": THERE, "registration": turn}):
+        masks, said = structures(rs, **more)
+        assert masks["far"].any() and "cut off" in said and "more than 100 contours in one plane" in said and not masks["miss"].any()
+    zigzag = np.stack([np.arange(20000) % 7, 600 * (np.arange(20000) % 2) - 300], 1)
+    fill_polygons([zigzag], np.arange(512) - 256.0, np.arange(512) - 256.0)
+    assert tracemalloc.get_traced_memory()[1] < 60e6
+    tracemalloc.stop()
+    monkeypatch.setattr("radrepro.core.dicom_structures._MOST_VOXELS", 1000)
+    with pytest.raises(DicomError, match="Contour Data"):
+        structures(write_structure_set(tmp_path / "s.dcm", [("fine", fine)]), frame=THERE, registration=turn)
 
 
 def test_holes_islands_and_keyholes_in_one_slice(tmp_path):
@@ -305,11 +333,17 @@ def test_plans_of_photons_and_ions(tmp_path, ion):
     for more, tag in (
         ({"FractionGroupSequence": []}, "300A,0070"),
         ({"IonBeamSequence" if ion else "BeamSequence": []}, "300A,03A2|300A,00B0"),
+        ({"FractionGroupSequence": [item(NumberOfFractionsPlanned=0)]}, "300A,0078.*at least one"),
+        ({"FractionGroupSequence": [item(NumberOfFractionsPlanned=-30)]}, "300A,0078.*at least one"),
+        ({"DoseReferenceSequence": [item(TargetPrescriptionDose=-60)]}, "300A,0026.*above 0"),
+        ({"DoseReferenceSequence": [item(TargetPrescriptionDose=0)]}, "300A,0026.*above 0"),
     ):
         with pytest.raises(DicomError, match=tag):
             read_plan(write_plan(tmp_path / "p.dcm", ion, **more))
     with pytest.warns(DicomWarning, match="no dose"):
         assert read_plan(write_plan(tmp_path / "p.dcm", ion, DoseReferenceSequence=None)).prescription_gy is None
+    some = [item(DoseReferenceStructureType=kind, TargetPrescriptionDose=dose) for kind, dose in (("SITE", 0), ("POINT", 50))]
+    assert read_plan(write_plan(tmp_path / "p.dcm", ion, DoseReferenceSequence=some)).prescription_gy == 50  # 0 prescribes nothing
 
 
 def test_pydicoms_own_plans():

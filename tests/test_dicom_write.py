@@ -18,7 +18,7 @@ from radrepro.core.dicom_kv import POSITIONS, kv_views, read_kv
 from radrepro.core.dicom_rt import Beam, frame_id, read_dose, read_plan, read_registration
 from radrepro.core.dicom_series import find_series
 from radrepro.core.dicom_structures import read_structures
-from radrepro.core.dicom_write import Referenced, StudyHeader, Subject, referenced, write_4dct, write_ct
+from radrepro.core.dicom_write import Referenced, StudyHeader, Subject, referenced, shared_by, write_4dct, write_ct
 from radrepro.core.dicom_write_plan import write_dose, write_kv, write_plan
 from radrepro.core.dicom_write_rt import write_deformation, write_registration, write_sct, write_structures
 from radrepro.core.dicom_write_study import write_imagined, write_study
@@ -31,6 +31,8 @@ from radrepro.data.traces import synthetic_trace
 from radrepro.data.traces_dicom import read_waveform
 
 sitk = pytest.importorskip("SimpleITK")
+SAYS = ("StudyDescription", "SeriesDescription", "DerivationDescription", "ImageComments", "StructureSetDescription", "RTPlanDescription",
+        "RTImageDescription", "DoseComment", "ContentDescription")
 MADE = datetime(2031, 4, 5, 6, 7, 8)
 GEOMETRY = KVGeometry(pixel_mm=6.0, shape_px=(20, 30))
 BEAMS = (Beam("left", "PROTON", 60.0, 60.0, 10.0, (2000.0, 2000.0), (70.0, 150.5), (1.5, -2.25, 40.0)),
@@ -246,6 +248,17 @@ def test_an_imagined_phase_is_the_ct_pulled_by_its_field(tmp_path, position):
         assert abs(pulled.values - read_ct(w[f"phase {p}"].files).values).max() <= 1.01  # each of the two is rounded
 
 
+def test_itk_reads_the_kv_images(written):
+    """The same -ln(I / I0), rows from the head (feet first: from the feet) and columns as the gantry sees them."""
+    w, put, position = written
+    turn = 1 if position[0] == "H" else -1
+    for i, file in enumerate(w["kv"].files):
+        image = sitk.ReadImage(str(file))
+        assert np.allclose(image.GetSpacing()[:2], GEOMETRY.pixel_mm)
+        expected = put["kv"].values[i, ::-turn, ::turn]
+        assert abs(sitk.GetArrayFromImage(image).squeeze() - expected).max() <= np.ptp(expected) / 131000 + 1e-6
+
+
 def test_a_long_contour_keeps_its_type(tmp_path):
     ct = random_ct(0, (2, 90, 91))
     w = write_ct(ct, tmp_path / "ct", StudyHeader())
@@ -319,6 +332,8 @@ def test_everything_says_what_it_is_and_points_at_what_is_there(written):
         assert ds.file_meta.TransferSyntaxUID == (ImplicitVRLittleEndian if ds.Modality == "RTSTRUCT" else ExplicitVRLittleEndian)
         if ds.Modality == "CT":
             assert ds.ImageType == ["DERIVED", "SECONDARY", "AXIAL"] and ds.ImageComments.startswith("SYNTHETIC")
+        said = [ds[k].value for k in SAYS if k in ds]
+        assert len(said) >= 2 and all(s.startswith("SYNTHETIC, FOR RESEARCH ONLY") for s in said)
         for e in ds.iterall():
             if e.keyword == "ReferencedSOPInstanceUID":
                 assert e.value in objects or e.value == w["ct"].study_uid
@@ -328,7 +343,7 @@ def test_everything_says_what_it_is_and_points_at_what_is_there(written):
 def test_nothing_of_a_source_is_kept(tmp_path):
     source = tmp_path / "source"
     first = write_ct(random_ct(), source, StudyHeader(Subject("CANARY-7", "Canary^Carla"), seed="s", made=datetime(1999, 1, 9)))
-    joined = StudyHeader(seed="j", made=MADE, study_uid=first.study_uid)
+    joined = StudyHeader(seed="j", made=MADE, study_uid=first.study_uid)  # without `shared`
     found = referenced(find_series(source).series[0])
     assert found == first
     s = write_ct(random_ct(2), tmp_path / "sct", joined, frame_uid=found.frame_uid, sources=[found])
@@ -344,12 +359,47 @@ def test_nothing_of_a_source_is_kept(tmp_path):
         assert [i.ReferencedSOPInstanceUID for i in ds.SourceImageSequence] == [first.sop_uids[k] for k in same_z]
 
 
+def test_a_joined_study_tells_one_story(tmp_path):
+    """An archive knows a study by its UID: what its objects say of patient and study must not differ."""
+    first = write_ct(random_ct(), tmp_path / "ct", StudyHeader(made=datetime(1999, 1, 9)))
+    theirs = pydicom.dcmread(first.files[0])
+    theirs.PatientBirthDate, theirs.PatientSex, theirs.StudyID, theirs.AccessionNumber = "19500102", "F", "7", "A1"
+    theirs.StudyDescription, theirs.SeriesDescription, theirs.PatientIdentityRemoved = "thorax", "not of the study", "YES"
+    theirs.DeidentificationMethod = ["one", "two"]
+    said = shared_by(theirs)
+    joined = StudyHeader(made=MADE, study_uid=first.study_uid, shared=said)
+    made = pydicom.dcmread(write_ct(random_ct(2), tmp_path / "sct", joined, frame_uid=first.frame_uid).files[0])
+    assert {e.keyword for e in said} >= {"PatientBirthDate", "StudyDate", "StudyTime", "DeidentificationMethod"} and "SeriesDescription" not in said
+    assert all(made[e.keyword].value == e.value for e in said) and made.SeriesDate == "20310405"
+    assert made.SeriesDescription.startswith("SYNTHETIC, FOR RESEARCH ONLY") and made.ImageComments.startswith("SYNTHETIC, FOR RESEARCH ONLY")
+
+
+def test_one_uid_is_one_object(tmp_path):
+    ct, study = random_ct(), StudyHeader(seed="one", made=MADE)
+    on = write_ct(ct, tmp_path / "ct", study, frame_uid="1.2.3")
+    plan, other = on._replace(sop_uids=("1.7",)), on._replace(sop_uids=("1.8",))
+    gy = like(abs(ct.values), ct, "Gy")
+    kv = xr.DataArray(np.ones((2, 20, 30)), dims=("view", "v", "u"), coords={"view": GEOMETRY.views, "v": GEOMETRY.v_mm, "u": GEOMETRY.u_mm})
+    image = lambda name, **more: write_kv(kv, tmp_path / name, study, geometry=GEOMETRY, **({"frame_uid": "1.2.3"} | more))
+    dose = lambda name, **more: write_dose(gy, tmp_path / name, study, **({"ct": on, "plan": plan} | more))
+    joined = StudyHeader(seed="one", made=MADE, study_uid="1.2.9")
+    made = [on, write_ct(ct, tmp_path / "b", study, frame_uid="1.2.4"), write_ct(ct, tmp_path / "c", joined, frame_uid="1.2.3"),
+            write_ct(ct, tmp_path / "d", study, frame_uid="1.2.3", sources=[on]), image("e"), image("f", isocentre_xyz_mm=(50, 0, 0)),
+            image("g", frame_uid="1.2.4"), image("h", plan=plan), dose("i"), dose("j", kind="EFFECTIVE"), dose("k", plan=other),
+            dose("l", ct=on._replace(frame_uid="1.2.4"))]
+    uids = [uid for of in made for uid in of.sop_uids]
+    assert len(set(uids)) == len(uids)
+
+
 def test_uids_follow_the_seed_and_the_voxels(tmp_path):
     ct = random_ct()
     uids = [write_ct(v, tmp_path / str(i), StudyHeader(seed=seed)).sop_uids
             for i, (v, seed) in enumerate(((ct, "a"), (ct, "a"), (ct, "b"), (ct.copy(data=ct.values + 1), "a")))]
     assert uids[0] == uids[1] and not set(uids[0]) & (set(uids[2]) | set(uids[3]))
     assert StudyHeader().uid("x") != StudyHeader().uid("x")
+    for name in ("PTV\\1", "a" * 65):
+        with pytest.raises(ValueError, match="64 characters"):
+            write_structures({name: like(ct.values > 0, ct, "1")}, tmp_path / "rs", StudyHeader(), ct=write_ct(ct, tmp_path / name[:3], StudyHeader()))
     with pytest.raises(FileExistsError, match="new folder"):
         write_ct(ct, tmp_path / "0", StudyHeader())
 

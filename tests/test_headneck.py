@@ -13,7 +13,7 @@ from radrepro.core.volume import centred_grid, like, move, rigid, spacing_mm, vo
 from radrepro.data.headneck import find_headneck, phantom_patient, real_patient
 from radrepro.data.headneck_anatomy import STRUCTURES, render
 from radrepro.data.headneck_day import Day, day_field, draw_anatomy, draw_day
-from radrepro.data.headneck_masks import read_structures
+from radrepro.data.headneck_masks import best_named, read_structures, structure_name
 from radrepro.data.headneck_session import SetUp, acquire, planning_grid, reproject
 from radrepro.data.headneck_shapes import Canvas, bar_distance, pull_back
 from radrepro.data.manifests import read_claims
@@ -218,6 +218,31 @@ def write_case(folder, voxel_mm=(5.0, 4.0, 4.0)):
     names = {"Brainstem": 1, "LeftParotid": 2, "RightParotid": 3}
     (folder / "labels.json").write_text(json.dumps({"oar.nii.gz": names}))
     return drawn
+
+
+@pytest.mark.parametrize("helper", ["Brainstem_PRV03", "Brainstem+3mm", "brainstem_prv 5", "Brainstem-PTV", "BrainStemSurf",
+                                    "Brainstem_3mm", "brainstem minus ctv", "Brainstem ring"])
+def test_a_helper_is_not_the_organ(helper):
+    """Neither by its number, which is no dose, nor alone."""
+    organ, other = (volume(np.full((1, 2, 3), True), **centred_grid((1, 2, 3), 2.0), units="1") for _ in range(2))
+    assert best_named([("Brainstem", organ), (helper, other)])["brainstem"] is organ and best_named([(helper, other)]) == {}
+
+
+@pytest.mark.parametrize("label", ["Ring_PTV70", "PTV70_ring", "Non-PTV parotid L", "PTV70 minus cord", "Parotid-PTV", "PTV70-Parotid_L",
+                                   "PTV70 + 3", "PTVopt", "PTV_opt_70", "PTV no skin", "PTVnoSkin", "PTV70_crop", "nonPTV",
+                                   "Parotid_L_avoid", "LeftParotidPRV"])
+def test_what_is_made_of_a_target_is_none(label):
+    assert structure_name(label) is None
+
+
+def test_targets_and_organs_keep_their_names():
+    assert {structure_name(n) for n in ("PTV", "CTV-N", "PTV_nodes 54 Gy", "CTV T+N", "PTV70 R neck", "ptv_70 (2)", "CTV optic")} == {"ctv"}
+    of = {"Parotid-L": "parotid_left", "Oral Cavity": "oral_cavity", "Brain Stem": "brainstem", "Mandible_1": "mandible",
+          "Submandibular_L": None}
+    assert {n: structure_name(n) for n in of} == of
+    first, second = (volume(np.full((1, 2, 3), True), **centred_grid((1, 2, 3), 2.0), units="1") for _ in range(2))
+    assert best_named([("Mandible_1", first), ("Mandible_2", second)])["mandible"] is first
+    assert best_named([("PTV_54", first), ("PTV_70", second)])["ctv"] is second
 
 
 def test_a_real_case_comes_to_the_isocentre(tmp_path):

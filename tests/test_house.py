@@ -56,6 +56,18 @@ def test_the_library_does_not_need_nbdev():
         assert not {n.split(".")[0] for n in imported(path)} & {"nbdev", "fastcore", "execnb", "IPython"}, path
 
 
+def test_nothing_that_can_hold_code_is_loaded():
+    """Weights and arrays come from safetensors, zarr and npz without objects: a pickle runs what is in it."""
+    for path in PACKAGE.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        modules = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+        modules |= {(n.module or "").split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and not n.level}
+        assert not modules & {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}, path.name
+        for call in (n for n in ast.walk(tree) if isinstance(n, ast.Call)):
+            assert ast.unparse(call.func) not in {"torch.load", "pd.read_pickle", "eval", "exec", "yaml.load"}, path.name
+            assert not any(k.arg in ("allow_pickle", "weights_only") for k in call.keywords), path.name
+
+
 def test_no_room_without_a_meaning():
     vague = {"utils", "util", "helpers", "common", "misc"}
     assert not [p for p in PACKAGE.rglob("*.py") if p.stem in vague]

@@ -247,6 +247,17 @@ def test_unpack_gives_what_was_packed(tmp_path):
         unpack(tmp_path / "a.zip", folder)
 
 
+def test_unpack_leaves_the_folders_of_others_alone(tmp_path):
+    (tmp_path / "to.partial").mkdir()
+    (tmp_path / "to.partial" / "precious.txt").write_text("x")
+    with pytest.raises(ValueError, match="plain relative path"):
+        unpack(pack(tmp_path / "bad.zip", {"../up.dcm": b"x"}), tmp_path / "to")
+    folder = unpack(pack(tmp_path / "a.zip", {"1.dcm": b"x"}), tmp_path / "deep" / "to")
+    assert folder.stat().st_mode == (tmp_path / "deep").stat().st_mode and [p.name for p in (tmp_path / "deep").iterdir()] == ["to"]
+    unpack(tmp_path / "a.zip", tmp_path / "to")
+    assert (tmp_path / "to.partial" / "precious.txt").read_text() == "x" and not list(tmp_path.glob(".unpack-*"))
+
+
 @pytest.mark.parametrize("name", ["/abs.dcm", "../up.dcm", "a/../../up.dcm", "C:/x.dcm", "a\\..\\x.dcm", "nul", "a//b"])
 def test_members_with_paths_that_lead_out(tmp_path, name):
     not_unpacked(pack(tmp_path / "a.zip", {"good.dcm": b"x", name: b"x"}), "plain relative path")
@@ -602,6 +613,41 @@ def test_paths_that_tell_are_refused_and_not_repeated(tmp_path, name):
     with pytest.raises(ValueError, match="1 of 3") as told:
         write_manifest(folder)
     assert name not in str(told.value) and not (folder / "manifest.toml").exists() and not (folder / "checksums.csv").exists()
+
+
+@pytest.mark.parametrize("name", ["Canary Yellow letter.pdf", "canary.csv", "s2/yel9.txt", "kim1.dcm", "k\u00edm 7.pdf", "Kim^A.png",
+                                  "{sop}.png"])
+def test_what_one_header_says_no_other_path_may_repeat(tmp_path, name):
+    """A letter beside the images is no DICOM file, and tells who the patient is all the same."""
+    folder = clinic(tmp_path / "own", PatientName="Canary^Yel^Kim")
+    name = name.format(sop=pydicom.dcmread(folder / "s1" / "1.dcm").SOPInstanceUID)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("x")
+    with pytest.raises(ValueError, match="1 of 4") as told:
+        write_manifest(folder)
+    assert Path(name).stem not in str(told.value) and not (folder / "checksums.csv").exists()
+
+
+def test_a_short_name_within_another_word_tells_nothing(tmp_path):
+    folder = clinic(tmp_path / "own", PatientName="Doe^Jon", PatientID="12")
+    (folder / "doeskin jonquil 3120.txt").write_text("x")
+    assert len(read_checksums(write_manifest(folder).parent)) == 4
+    (folder / "12.txt").write_text("x")
+    with pytest.raises(ValueError, match="1 of 5"):
+        write_manifest(folder)
+
+
+def test_what_cannot_be_listed_is_called_by_its_number(tmp_path):
+    folder = clinic(tmp_path / "own")
+    (folder / "zz Canary? Yellow.pdf").write_text("x")
+    with pytest.raises(ValueError, match="^file 3: expected a plain relative path") as told:
+        write_manifest(folder)
+    (folder / "zz Canary? Yellow.pdf").rename(folder / "a link for Canary")
+    (folder / "Canary link").symlink_to(folder / "plan.dcm")
+    with pytest.raises(ValueError, match="symbolic link") as linked:
+        write_manifest(folder)
+    for error in (told.value, linked.value):
+        assert "Canary" not in str(error) and error.__cause__ is None and error.__context__ is None
 
 
 def test_a_pseudonym_may_stand_in_the_path(tmp_path):

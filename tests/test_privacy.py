@@ -12,10 +12,15 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from made_up_canaries import Canaries
 from made_up_dicom import UID_ROOT, closed_contour, grey, item, write_ct, write_enhanced
+from made_up_study import write_head, write_kv
 from pydicom import uid
 from pydicom.data import get_testdata_file
+from pydicom.datadict import dictionary_description, dictionary_VR, tag_for_keyword
+from pydicom.dataelem import DataElement
 from pydicom.dataset import FileMetaDataset
 
 from radrepro.core.dicom_ct import read_ct
@@ -24,10 +29,14 @@ from radrepro.core.dicom_layout import DicomError, DicomWarning
 from radrepro.core.dicom_rt import frame_id, read_dose, read_plan, read_registration
 from radrepro.core.dicom_structures import read_structures
 from radrepro.core.volume import volume
+from radrepro.data.headneck_masks import structure_name
 from radrepro.data.privacy import deidentify, numbered_files
 from radrepro.data.privacy_faces import blur_face
-from radrepro.data.privacy_names import Pseudonyms
+from radrepro.data.privacy_names import Pseudonyms, known_name
 from radrepro.data.privacy_profile import ALLOWED
+from radrepro.data.study import read_study
+from radrepro.data.study_patient import BODY_NAMES
+from radrepro.data.thorax import bucket_of
 from radrepro.data.traces import read_trace
 from radrepro.data.traces_dicom import read_waveform
 
@@ -430,7 +439,8 @@ def test_no_canary_is_left(planted, copied):
     for path in copied[0].rglob("*.dcm"):
         for e in pydicom.dcmread(path).iterall():
             assert e.tag in ALLOWED or e.tag.group in (0x0010, 0x0012, 0x0028, 0x7FE0, 0x5400, 0x0008) and not e.is_private
-            assert e.VR not in ("AS", "UN", "LT", "ST", "UT", "UC", "UR", "AE") and (e.VR != "TM" or e.value in ("", "000000", None))
+            assert e.VR not in ("AS", "UN", "LT", "ST", "UT", "UC", "UR", "AE")
+            assert e.VR != "TM" or re.fullmatch(r"(00[0-5]\d00)?", e.value or "")  # a place among less than 60, not the time
 
 
 def test_nothing_is_said(planted, copied, room, capfd, caplog):
@@ -453,7 +463,7 @@ def test_what_is_measured_stays(planted, copied):
     before, after = read_all(planted[2]), read_all(copied[2])
     assert before["ct"].identical(after["ct"]) and before["trace"].identical(after["trace"])
     assert before["dose"].dose_gy.identical(after["dose"].dose_gy) and before["dose"][1:3] == after["dose"][1:3]
-    assert before["kv"].image.identical(after["kv"].image) and before["kv"][1:] == after["kv"][1:]
+    assert before["kv"].image.identical(after["kv"].image) and before["kv"][1:7] == after["kv"][1:7]
     assert np.array_equal(before["registration"].matrix, after["registration"].matrix)
     assert list(before["structures"]) == ["PTV70 Canary", "LeftParotid", "CANARYs nodule"]
     assert list(after["structures"]) == ["ptv_70", "left_parotid", "structure_03"]
@@ -483,7 +493,8 @@ def test_references_still_resolve(copied):
     assert read_registration(copied[2]["registration"]).target == frame_id(frame) != read_registration(copied[2]["registration"]).source
     for ds in new.values():
         assert ds.file_meta.MediaStorageSOPInstanceUID == ds.SOPInstanceUID and uid.UID(ds.SOPInstanceUID).is_valid
-        assert ds.PatientIdentityRemoved == "YES" and len(ds.DeidentificationMethodCodeSequence) == 3
+        codes = [(c.CodeValue, c.CodingSchemeDesignator) for c in ds.DeidentificationMethodCodeSequence]
+        assert ds.PatientIdentityRemoved == "YES" and codes == [("113100", "DCM"), ("113105", "DCM"), ("113107", "DCM")]
 
 
 def test_intervals_between_days_stay(planted, copied):
@@ -493,6 +504,41 @@ def test_intervals_between_days_stay(planted, copied):
         assert when(study["trace"], "AcquisitionDateTime") == when(study["kv"], "AcquisitionDate")
     moved = when(planted[2]["kv"], "AcquisitionDate") - when(copied[2]["kv"], "AcquisitionDate")
     assert 1 <= moved.days <= 3650 and not pydicom.dcmread(copied[2]["kv"]).StudyTime
+
+
+def test_times_of_day_become_their_order(tmp_path):
+    """Of each patient and day by themselves; equal times stay equal, fractions of a second do not count, no time is none."""
+    taken = {  # patient, day of acquisition, time of acquisition, time of content: what is left of both
+        ("1", "20240102", "101500.25", "091500"): ("000200", "000100"),
+        ("1", "20240102", "101500.75", ""): ("000200", ""),
+        ("1", "20240102", "101501", "080000"): ("000300", "000000"),
+        ("1", "20240103", "235959", "235959"): ("000000", "000000"),
+        ("2", "20240102", "120000", None): ("000000", None),
+        ("2", "20240102", None, None): (None, None),
+    }
+    for n, (patient, day, *times) in enumerate(taken):
+        of_day = {"AcquisitionDate": day, "ContentDate": day, "AcquisitionTime": times[0], "ContentTime": times[1], "StudyTime": "101112"}
+        more = {k: v for k, v in of_day.items() if v is not None}
+        one(tmp_path / "s" / f"{n}.dcm", PatientID=patient, SeriesInstanceUID=f"1.2.{n}", **more)
+    table = deidentify(tmp_path / "s", tmp_path / "o", secret=SECRET)
+    left = [pydicom.dcmread(tmp_path / "o" / written) for written in table["written"]]
+    assert [(ds.get("AcquisitionTime"), ds.get("ContentTime")) for ds in left] == list(taken.values())
+    assert not any(ds.StudyTime for ds in left) and left[0].DeidentificationMethod[2] == "Dates moved, times of day replaced by their order"
+
+
+@pytest.mark.parametrize("one_series", [True, False])
+def test_views_of_several_set_ups_a_day_stay_pairs(tmp_path, one_series):
+    """Three set-ups on one day: a frontal view and a lateral one each, of one brightness."""
+    write_head(tmp_path / "s" / "ct", "1")
+    for n in range(6):
+        series, pixels = UID_ROOT + ("88" if one_series else f"88.{n}"), np.full((80, 80), 100 * (n // 2 + 1), np.uint16)
+        more = {"AcquisitionTime": f"{8 + n // 2:02d}{n % 2:02d}00", "SeriesInstanceUID": series, "PixelData": pixels.tobytes()}
+        write_kv(tmp_path / "s" / f"{n}.dcm", 90.0 * (n % 2), "19990108", StudyInstanceUID=UID_ROOT + "9", **more)
+    deidentify(tmp_path / "s", tmp_path / "o", secret="x" * 20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        brightness = [[int(view.image.mean()) for view in pair] for pair in read_study(tmp_path / "o").kvs]
+    assert brightness == [[100, 100], [200, 200], [300, 300]]
 
 
 def test_another_secret_is_another_study(planted, copied, room):
@@ -552,6 +598,92 @@ def test_what_is_refused(tmp_path, elements):
     while (cause := error.value.__cause__ or error.value.__context__) is not None:
         assert "canary" not in str(cause)
         error.value = cause
+
+
+def spoilt(path, value, by):
+    """`path` with a value of as many bytes in the place of `value`, which pydicom would not write."""
+    stored = path.read_bytes()
+    assert stored.count(value) == 1 and len(value) == len(by)
+    path.write_bytes(stored.replace(value, by))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("made", "where", "keyword", "value"),
+    [
+        ("ct", "", "RescaleType", "CANARY"),
+        ("ct", "", "PatientPosition", "CANARY"),
+        ("kv", "", "RTImagePlane", "CANARY"),
+        ("kv", "", "PatientPosition", "CANARY"),
+        ("kv", "", "PatientSupportAngle", "45,000"),
+        ("kv", "", "RescaleSlope", "2 or 3"),
+        ("kv", "", "IsocenterPosition", "\\\\  "),
+        ("dose", "", "DoseUnits", "CANARY"),
+        ("plan", "BeamSequence", "TreatmentDeliveryType", "CANARY"),
+        ("plan", "DoseReferenceSequence", "TargetPrescriptionDose", "70,000"),
+        (
+            "registration",
+            "RegistrationSequence MatrixRegistrationSequence MatrixSequence",
+            "FrameOfReferenceTransformationMatrix",
+            "1,0000",
+        ),
+    ],
+)
+def test_a_copy_is_not_read_as_what_the_original_is_not(tmp_path, made, where, keyword, value):
+    """Without the value the copy would be read by a default; the reason names the element and not the value."""
+    elements = {"kv": kv, "dose": dose, "plan": plan, "registration": registration}
+    ds = item(**elements[made]()) if made in elements else pydicom.dcmread(one(tmp_path / "s" / "a.dcm"))
+    inner = ds
+    for sequence in where.split():
+        inner = inner[sequence].value[0]
+    vr, stand_in = dictionary_VR(keyword), "867530"[: len(value)]
+    inner[keyword] = DataElement(tag_for_keyword(keyword), vr, stand_in, validation_mode=pydicom.config.IGNORE)
+    spoilt(write(tmp_path / "s" / "a.dcm", ds), stand_in.encode(), value.encode())
+    with pytest.raises(DicomError, match=re.escape(dictionary_description(keyword))) as error:
+        deidentify(tmp_path / "s", tmp_path / "o", secret=SECRET)
+    assert value.strip() not in str(error.value) and "a.dcm" not in str(error.value) and "file 1" in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["MGML", "ED", "EDW", "HU_MOD", "Z_EFF", "PCT", "OD", "US"])
+def test_units_of_the_standard_stay(tmp_path, kind):
+    new = copy_of(one(tmp_path / "s" / "a.dcm", RescaleType=kind), tmp_path)
+    assert pydicom.dcmread(new).RescaleType == kind
+    if kind != "US":
+        with pytest.raises(DicomError, match="Rescale Type"):
+            read_ct(new)
+
+
+def test_what_only_describes_may_go(tmp_path):
+    path = one(tmp_path / "s" / "a.dcm", WindowCenter="31415926", BodyPartExamined="CANARY", LossyImageCompression="CANARY")
+    new = pydicom.dcmread(copy_of(spoilt(path, b"31415926", b"CANARY  "), tmp_path))
+    assert "WindowCenter" not in new and not new.BodyPartExamined and "LossyImageCompression" not in new and new.RescaleType == "HU"
+
+
+# fmt: off
+WORDS_OF_NAMES = [
+    "PTV", "CTV", "GTV", "ITV", "PTV70", "70", "54", "1952", "ring", "Ring", "prv", "PRV03", "non", "Non", "no", "minus", "opt",
+    "avoid", "Parotid", "parotids", "L", "R", "left", "Right", "brainstem", "Brain", "stem", "Mandible", "oral", "Cavity", "cord",
+    "spinal", "lung", "lungs", "vessels", "heart", "inferior", "vena", "cava", "pulmonary", "vein", "artery", "body", "skin",
+    "External", "Jones", "Canary", "z", "x", "5mm",
+]
+# fmt: on
+
+
+@given(st.lists(st.sampled_from(WORDS_OF_NAMES), min_size=1, max_size=4), st.sampled_from([" ", "_", "-", "", "+", " (", "."]))
+@settings(max_examples=400, deadline=None)
+def test_a_name_is_never_read_as_another(words, between):
+    label = between.join(words)
+    name = known_name(label)
+    assert structure_name(name) in (None, structure_name(label)) and bucket_of(name) in (0, bucket_of(label), bucket_of("_".join(words)))
+    assert name not in BODY_NAMES or label.lower() == name
+    assert "jones" not in name.lower() and "canary" not in name.lower()
+
+
+@pytest.mark.parametrize(
+    "label", ["Ring_PTV70", "Non-PTV parotid L", "PTV70 minus cord", "Parotid-PTV", "Jones PTV70", "skin 5mm", "lung vessels"]
+)
+def test_a_helper_is_no_structure_in_the_copy(label):
+    assert known_name(label) == ""
 
 
 def test_folders(tmp_path):
@@ -714,7 +846,7 @@ def test_x_rays(tmp_path, sop):
     picture = grey(np.arange(30, dtype=np.uint16).reshape(5, 6))
     path = write(tmp_path / "s" / "x.dcm", shared("DX", sop, 20, **geometry, **more, **picture, PatientComments="CANARY"))
     before, after = read_kv(path), read_kv(copy_of(path, tmp_path))
-    assert before.image.identical(after.image) and before[1:] == after[1:] and before.intensity is False
+    assert before.image.identical(after.image) and before[1:6] == after[1:6] and before.intensity is False
 
 
 def test_proton_plan(tmp_path):

@@ -28,11 +28,16 @@ from made_up_study import (
 from test_traces_dicom import write_vxp, write_waveform
 
 from radrepro.core.dicom_rt import Registration, frame_id
-from radrepro.core.dicom_series import short_uid
-from radrepro.core.volume import move, rigid
+from radrepro.core.dicom_series import find_series, short_uid
+from radrepro.core.dicom_write import StudyHeader, referenced
+from radrepro.core.dicom_write import write_ct as write_our_ct
+from radrepro.core.dicom_write_rt import write_sct
+from radrepro.core.dicom_write_study import write_imagined
+from radrepro.core.volume import VECTOR, move, rigid, volume
 from radrepro.data.cohorts import headneck_cases, thorax_cases
+from radrepro.data.privacy import deidentify
 from radrepro.data.study import read_study, study_table
-from radrepro.data.study_objects import frames_to
+from radrepro.data.study_objects import Names, frames_to
 from radrepro.data.study_patient import clinical_patient, days_of, measured_kvs
 
 POSE = rigid((16, -8, 24), (0, 0, 25))  # of the second CT's patient
@@ -176,10 +181,27 @@ def test_no_registration_no_day(tmp_path):
     write_reg(tmp_path / "r.dcm", F2, rigid((0, 0, 5)), "RIGID")
     assert len(read(tmp_path)[0].cts) == 2
     write_reg(tmp_path / "q.dcm", F2, rigid((0, 3, 5)), "RIGID")
-    assert len(read(tmp_path)[0].cts) == 1  # two that contradict each other
+    study, table = read(tmp_path)
+    assert len(study.cts) == 1 and [s for s, _ in why(table, "REG")] == ["refused"] * 2
+    assert all(text.startswith("it contradicts another registration") for _, text in why(table, "REG"))
     write_reg(tmp_path / "q.dcm", F2, np.diag([1.1, 1, 1, 1]), "AFFINE")
     study, table = read(tmp_path)
     assert len(study.cts) == 2 and "RIGID" in why(table, "REG")[0][1]
+
+
+def test_structures_of_a_frame_that_registrations_lead_from(tmp_path):
+    write_head(tmp_path / "a", "1")
+    write_structures(tmp_path / "s.dcm", frame=F3, series="77")
+    write_reg(tmp_path / "q.dcm", F2, rigid((16, 0, 0)), "RIGID")
+    write_reg(tmp_path / "r.dcm", F3, rigid((8, 0, 0)), "RIGID", target=F2)
+    study, table = read(tmp_path)
+    mask = study.planning.structures["CTV CANARY"]
+    assert abs(float((mask * mask.x).sum() / mask.sum()) - 54) < 4  # 30 + 16 + 8 mm, over two steps
+    for shift_mm in (0, 40):
+        write_reg(tmp_path / f"t{shift_mm}.dcm", F3, rigid((shift_mm, 0, 0)), "RIGID")
+    study, table = read(tmp_path)
+    assert study.planning.structures == {} and [s for s, _ in why(table, "RTSTRUCT")] == ["refused"]
+    assert (table[table.what == "REG"].status == "refused").sum() >= 3  # all that touch F3
 
 
 def test_two_cts_and_nothing_that_decides(tmp_path):
@@ -218,6 +240,31 @@ def test_kv_by_frame_where_days_are_gone(tmp_path):
     assert [len(c.kvs) for c in study.cts] == [0, 1] and "the frame of CT" in why(table, "kV")[0][1]
 
 
+def test_the_isocentre_of_kv_pairs_where_there_is_no_plan(tmp_path):
+    write_head(tmp_path, "1")
+    write_head(tmp_path, "2", F2, "19990108", pose=POSE)
+    write_reg(tmp_path / "r.dcm", F2, np.linalg.inv(POSE), "RIGID")
+    write_head(tmp_path, "3", F1, "19990115")
+    own = [round(float(c), 6) for c in (POSE @ (60, 0, -30, 1))[:3]]  # the second CT's frame has it there
+    write_pair(tmp_path, "19990108", IsocenterPosition=own, frame=F2)
+    write_pair(tmp_path, "19990115", IsocenterPosition=[60, 0, -30])
+    study, table = read(tmp_path)
+    np.testing.assert_allclose(study.isocentre_mm, (60, 0, -30), atol=1e-4)
+    patient = clinical_patient(study, 1, voxel_mm=8)
+    np.testing.assert_allclose(centre(patient.planning), centre(study.planning.ct) - (60, 0, -30), atol=2)
+    for frame, at in ((F1, [60, 0, -30]), (F3, own)):  # a set-up image in the planning CT's frame, one in a frame that nothing leads from
+        write_pair(tmp_path, "19990108", IsocenterPosition=at, frame=frame)
+        np.testing.assert_allclose(read(tmp_path)[0].isocentre_mm, (60, 0, -30), atol=1e-4)
+    write_pair(tmp_path, "19990115", IsocenterPosition=[60, 40, -30])
+    study, _ = read(tmp_path)
+    assert "a point 40 mm away" in refused(clinical_patient, study, 1, voxel_mm=8)
+    for day in ("19990108", "19990115"):
+        write_pair(tmp_path, day, IsocenterPosition=None)
+    study, table = read(tmp_path)
+    assert study.isocentre_mm is None and all("remark: neither a plan nor a kV image says where" in text for _, text in why(table, "kV"))
+    assert clinical_patient(study, 1, voxel_mm=8).source.endswith("kV measured about an isocentre that no file gives")
+
+
 def test_linear_images_become_attenuation(tmp_path):
     write_head(tmp_path, "1", day="19990108", n=4)
     write_pair(tmp_path, "19990108", PixelIntensityRelationship="LIN", PixelIntensityRelationshipSign=1)
@@ -253,6 +300,14 @@ def test_doses_plans_and_phases_that_come_second(tmp_path):
     write_dose(tmp_path / "c.dcm", ReferencedRTPlanSequence=[item(ReferencedSOPInstanceUID=new_uid(old))])
     study, table = read(tmp_path)
     assert study.plan.prescription_gy == 50 and study.dose is not None  # the plan that has a dose
+    write_dose(tmp_path / "c.dcm", ReferencedRTPlanSequence=[item(ReferencedSOPInstanceUID="1.2.999")])
+    study, table = read(tmp_path)
+    assert study.plan is not None and study.dose is None and ("ignored", "of another plan than the one that is used") in why(table, "RTDOSE")
+    for name in "pq":  # a plan that is not this CT's
+        write_plan(tmp_path / f"{name}.dcm", F3)
+    write_dose(tmp_path / "c.dcm", ReferencedRTPlanSequence=[item(ReferencedSOPInstanceUID=new_uid(tmp_path / "p.dcm"))])
+    study, table = read(tmp_path)
+    assert study.plan is None and study.dose is None and ("ignored", "of another plan than the one that is used") in why(table, "RTDOSE")
 
 
 def test_damaged_files_links_tables_and_doubles(tmp_path):
@@ -268,6 +323,8 @@ def test_damaged_files_links_tables_and_doubles(tmp_path):
     study, table = read(folder)
     assert len(study.planning.ct) == 4 and table.status.value_counts().to_dict() == {"refused": 3, "ignored": 3, "used": 1}
     assert "there twice" in " ".join(table.why) and "1 damaged file(s)" in why(table, "CT")[0][1]
+    (folder / "CANARY top.dcm").touch()  # of a slice that a full disk left empty
+    assert "2 damaged file(s) in the study: is the first or last slice" in why(read(folder)[1], "CT")[0][1]
     row = table[table.what == "damaged file"].iloc[0]
     [digits] = [w for w in row.why.replace(":", "").split() if w in study.files]
     assert cut in study.files[digits]
@@ -275,9 +332,51 @@ def test_damaged_files_links_tables_and_doubles(tmp_path):
     assert "planning CT" in refused(read_study, folder)  # a hole
     (folder / "CANARY link").symlink_to(tmp_path)
     assert "link" in refused(read_study, folder)
+    (folder / "CANARY link").unlink()
+    (folder / "x: expected CANARY Jane.dcm").symlink_to(tmp_path)
+    assert refused(read_study, folder).startswith("study folder: expected files of this folder, got a link that leads out of it: ")
     assert "expected a study folder" in refused(read_study, tmp_path / "CANARY none")
     (tmp_path / "empty CANARY").mkdir()
     assert "at least one CT" in refused(read_study, tmp_path / "empty CANARY")
+
+
+def test_what_radrepro_made_of_the_patient_is_no_day(tmp_path):
+    write_head(tmp_path / "a", "1", n=6, day="")
+    write_head(tmp_path / "b", "2", F2, n=6, day="")
+    write_reg(tmp_path / "r.dcm", F2, np.eye(4), "RIGID")
+    ours, header = tmp_path / "ours", StudyHeader(seed="made")
+    before, _ = read(tmp_path)
+    ct, source = before.cts[1].ct, next(referenced(s) for s in find_series(tmp_path / "b").series)
+    field = volume(np.zeros((3, *ct.shape), np.float32), **{a: ct[a].values for a in "zyx"}, units="mm")
+    assert field.dims[0] == VECTOR
+    write_sct(ct, ours / "same", header, source=source)
+    write_sct(ct + 1, ours / "apart", header, source=source, to_source=rigid((5, 0, 0)))  # its registration leads to the second CT
+    write_imagined({0.0: (ct, field)}, ours / "4d", header, source=source)
+    study, table = read(tmp_path)
+    assert [c.id for c in study.cts] == [c.id for c in before.cts]
+    said = [row.why for row in table[table.status == "ignored"].itertuples()]
+    assert said.count("a synthetic CT or an imagined phase that radrepro wrote") == 3 and len(said) == 5
+    assert "the motion of an imagined phase that radrepro wrote" in said and "the registration of a synthetic CT that radrepro wrote" in said
+    deidentify(tmp_path, tmp_path.with_name(tmp_path.name + "-copy"), secret="a secret for tests 2")
+    copy, said_there = read(tmp_path.with_name(tmp_path.name + "-copy"))
+    assert len(copy.cts) == len(before.cts) and (said_there.status == "ignored").sum() == 5
+    write_our_ct(ct, ours / "exported", header, frame_uid=F1)  # as `radrepro export` writes a built-in patient's day: made of nothing
+    assert len(read(tmp_path, planning=study.planning.id)[0].cts) == 3
+
+
+def test_names_are_hidden_and_errors_kept(tmp_path):
+    for name in ("a: CANARY.dcm", "1: ", "b.dcm"):
+        (tmp_path / name).touch()
+    names = Names(tmp_path.iterdir())
+    for name in ("a: CANARY.dcm", "1: "):
+        said = names.hide(f"{name}: expected one, got none")
+        assert said == "file e3b0c442: expected one, got none"
+    assert sorted(p.name for p in names.files["e3b0c442"]) == ["1: ", "a: CANARY.dcm"]
+
+    def too_large():
+        raise MemoryError("CANARY")
+    value, said = names.attempt(too_large)
+    assert value is None and said.startswith("expected an object that fits into memory")
 
 
 @settings(max_examples=40, deadline=None)

@@ -72,6 +72,8 @@ def test_padding_holds_still_and_too_short_is_refused():
 @pytest.mark.parametrize("table, words", [({"time_s": [0, 1, 2], "height": [0, 1, 0]}, "columns"),
                                           ({"time_s": [0, 1, 2], "amplitude": [0, np.nan, 0]}, "NaN"),
                                           ({"time_s": [0, 1, 2], "amplitude": [3, 3, 3]}, "does not move"),
+                                          ({"time_s": [0, 1, 1e13], "amplitude": [0, 1, 0]}, "at most 24 h"),
+                                          ({"time_s": [-1e308, 1, 1e308], "amplitude": [0, 1, 0]}, "at most 24 h"),
                                           ({"time_s": [0, 0, 1], "amplitude": [1, 2, 3]}, "too short")])
 def test_bad_files_say_what_is_wrong(tmp_path, table, words):
     pd.DataFrame(table).to_csv(tmp_path / "bad.csv", index=False)

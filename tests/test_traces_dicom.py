@@ -140,6 +140,8 @@ def test_waveform_that_is_refused(tmp_path):
         ({"groups": 2}, "5400,0100"),
         ({"NumberOfWaveformSamples": 751}, "5400,1010"),
         ({"SamplingFrequency": 0}, "003A,001A"),
+        ({"SamplingFrequency": "1E-12"}, "003A,001A.*at most 24 h"),
+        ({"SamplingFrequency": "5E-324"}, "003A,001A.*at most 24 h"),
         ({"ChannelDefinitionSequence": []}, "003A,0200"),
         ({"NumberOfWaveformChannels": 0}, "003A,0005"),
     ):

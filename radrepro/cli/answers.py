@@ -21,15 +21,15 @@ __all__ = ['EXIT_CODES', 'MOST_NAMES', 'EXPECTED', 'LOG_EVERY_S', 'Outcome', 'pl
 # %% ../../nbs/cli/90_cli_answers.ipynb #f6a58e75
 EXIT_CODES = {0: "done", 1: "refused, or a check failed: one sentence on stderr says why and what to do",
               2: "the command line is wrong: see --help", 70: "a defect of radrepro: please report it (--debug shows where)",
-              130: "interrupted; what was finished is kept, and the same command goes on from there"}
+              130: "interrupted; finished stages are kept, and the same command goes on from there"}
 
 
 class Outcome(NamedTuple):
-    """What a command found: `text` for people, `facts` for programs, `ok`: False where a check failed (exit code 1)."""
+    """What a command found: `text` for people, `facts` for programs, `failed`: what check failed and what to do, "" for none (exit code 1)."""
 
     text: str
     facts: dict
-    ok: bool = True
+    failed: str = ""
 
 # %% ../../nbs/cli/90_cli_answers.ipynb #c68b6b83
 def plain(value):

@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import tempfile
 import textwrap
 from pathlib import Path
 
 from .answers import Outcome
 
 # %% auto #0
-__all__ = ['fetch', 'verify', 'inspect', 'read_secret', 'ingest']
+__all__ = ['fetch', 'verify', 'inspect', 'read_secret', 'unpacked', 'ingest']
 
 # %% ../../nbs/cli/91_data.ipynb #ca93df6e
 def fetch(args: argparse.Namespace, report) -> Outcome:
@@ -25,7 +27,8 @@ def fetch(args: argparse.Namespace, report) -> Outcome:
     left = manifests_fetch.missing_series(manifest, args.out, **which)
     facts = {"name": manifest.name, "licence": manifest.licence, "citation": manifest.citation, "missing_series": len(left)}
     state = "all that was asked for is there" if left.empty else f"{len(left)} series are missing: fetch again"
-    return Outcome(f"{manifest.title}: {state}. Licence {manifest.licence}. Cite: {manifest.citation}", facts, left.empty)
+    failed = "" if left.empty else f"expected all that was asked for, got {len(left)} series too few: fetch again"
+    return Outcome(f"{manifest.title}: {state}. Licence {manifest.licence}. Cite: {manifest.citation}", facts, failed)
 
 
 def verify(args: argparse.Namespace, report) -> Outcome:
@@ -38,7 +41,8 @@ def verify(args: argparse.Namespace, report) -> Outcome:
     facts["not_listed"] = sum(s == "not listed" for s in found.values())
     lines = [f"{state}: {path}" for state in ("missing", "changed") for path in facts[state]]
     lines += [f"not listed: {facts['not_listed']} files"] if facts["not_listed"] else []
-    return Outcome("\n".join(lines) or f"{facts['files']} files, all as they were written", facts, not found)
+    failed = f"expected {facts['files']} files as they were written, got {len(found)} that are not: fetch or copy them again" if found else ""
+    return Outcome("\n".join(lines) or f"{facts['files']} files, all as they were written", facts, failed)
 
 # %% ../../nbs/cli/91_data.ipynb #a78faf38
 _REASONS = 4
@@ -83,14 +87,38 @@ def read_secret(path: Path | None) -> str:
     return path.read_text(encoding="utf-8").strip()
 
 
+@contextlib.contextmanager
+def unpacked(study: Path, beside: Path):
+    """The folder `study`, or, where it is a zip archive, what is in it: unpacked in a folder beside `beside`, and removed at the end.
+
+    Raises ValueError for an archive that is damaged, or that `unpack` would not unpack; what is in it is not named."""
+    if not (study.is_file() and study.suffix.lower() == ".zip"):
+        yield study
+        return
+    from radrepro.data.manifests_files import unpack
+
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="unpacked-", dir=beside.parent) as room:
+        try:
+            unpack(study, Path(room, "study"))
+        except ValueError:
+            raise ValueError("expected a zip of plain files and folders that stay inside and do not swell, got another or a damaged one: "
+                             "do not open it, or unpack it by hand and look") from None
+        yield Path(room, "study")
+
+
 def ingest(args: argparse.Namespace, report) -> Outcome:
-    """Copy the study `args.study` to `args.out` without the patient's identity."""
+    """Copy the study `args.study` to `args.out` without the patient's identity, and list the copy's files."""
+    from radrepro.data.manifests_files import write_manifest
     from radrepro.data.privacy import deidentify
 
-    table = deidentify(args.study, args.out, secret=read_secret(args.secret_file))
+    with unpacked(args.study, args.out) as study:
+        table = deidentify(study, args.out, secret=read_secret(args.secret_file), blur_faces=args.blur_faces)
+    write_manifest(args.out)
     left = table[table["written"] == ""]
     by = table[table["written"] != ""].modality.value_counts()
     lines = [f"{len(table) - len(left)} of {len(table)} files copied: " + ", ".join(f"{n} {m}" for m, n in by.items())]
     lines += [f"left out: {row.file}: {row.why}" for row in left.itertuples()]
     facts = {"files": len(table), "copied": {m: int(n) for m, n in by.items()}, "left_out": left[["file", "why"]]}
-    return Outcome("\n".join(lines), facts, left.empty)
+    failed = "" if left.empty else f"expected files that can be cleaned, got {len(left)} that are left out: the copy holds the others"
+    return Outcome("\n".join(lines), facts, failed)

@@ -87,16 +87,20 @@ def _own_data_commands(commands) -> None:
     p = _command(commands, "ingest", "copy a DICOM study without what identifies the patient",
                  "ingest clinic/study deidentified/01 --secret-file secret.txt",
                  "By DICOM PS3.15's basic profile with an allow list; dates are moved, UIDs replaced. Pictures are not\n"
-                 "cleaned: files with burned-in text are left out, faces stay. Exit code 1 where a file was left out.")
-    _study(p)
+                 "cleaned: files with burned-in text are left out, faces stay unless --blur-faces is given. Exit code 1\n"
+                 "where a file was left out. OUT comes with checksums.csv, for `verify`.")
+    _study(p, ", or a zip of one")
     p.add_argument("out", type=Path, metavar="OUT", help="a new folder for the copy")
     p.add_argument("--secret-file", type=Path, metavar="FILE",
                    help="secret of the new UIDs, made where there is no such file: one secret lets later visits join the first. "
                         "Without it one is made and thrown away")
+    p.add_argument("--blur-faces", action="store_true",
+                   help="blur the face in CTs of a head outside of what is treated (its dose, its targets); not for computing dose")
     p.set_defaults(run="data.ingest")
     p = _command(commands, "export", "write a built-in patient as a full DICOM study",
                  "export study --site head-neck --patient 1 --preset quick",
-                 "CT, structures, plan and kV images of a head and neck, or free-breathing CTs with their traces of a thorax.")
+                 "Of a head and neck planning CT, structures, plan, and the CT and kV images of each day; of a thorax one\n"
+                 "free-breathing CT, structures, and the breathing trace that it was taken under.")
     p.add_argument("out", type=Path, metavar="DIR", help="a new folder")
     p.add_argument("--site", choices=["head-neck", "thorax"], default="head-neck", help="which paper's patient (default head-neck)")
     p.add_argument("--cohort", choices=["phantom", "real"], default="phantom",
@@ -178,7 +182,7 @@ def _paper_commands(commands) -> None:
     p.set_defaults(run="data.fetch")
     p = _command(commands, "verify", "check that every file of a data folder is as it was written", "verify data/4d_lung",
                  "Exit code 1 where a file is missing, changed or not listed.")
-    p.add_argument("out", type=Path, metavar="DIR", help="a folder that `fetch` or `write_manifest` made")
+    p.add_argument("out", type=Path, metavar="DIR", help="a folder that `fetch` or `ingest` made")
     p.set_defaults(run="data.verify")
 
 

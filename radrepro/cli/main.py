@@ -55,7 +55,10 @@ def _attempt(args: argparse.Namespace) -> tuple[int, str, dict]:
     try:
         with _quietly(private):
             outcome: Outcome = getattr(import_module(f"radrepro.cli.{module}"), function)(args, progress)
-        return (0 if outcome.ok else 1), outcome.text, outcome.facts
+        if outcome.failed:
+            print(f"radrepro {args.command}: {private.without_names(outcome.failed)}", file=sys.stderr)
+            return 1, outcome.text, outcome.facts | {"failed": outcome.failed}
+        return 0, outcome.text, outcome.facts
     except KeyboardInterrupt:
         return 130, "interrupted", {}
     except Exception as e:

@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 
 from .answers import Outcome
-from .series import join_study
+from .series import join_study, new_folder
 from ..core.dicom_write import write_ct
 from ..core.dicom_write_rt import write_deformation
 from ..ct5d.imagine_phases import amplitude_during, imagine_phase, lungs_grid, phase_amplitudes
@@ -28,9 +28,13 @@ __all__ = ['find_weights', 'read_breathing', 'imagine', 'report_thorax']
 
 # %% ../../nbs/cli/95_motion.ipynb #e166b0ad
 def _stage(folder: Path) -> dict:
+    """The stage in `folder`, {} where there is none that is a trained model's."""
     try:
-        return json.loads((folder / "stage.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json.loads((folder / "stage.json").read_text(encoding="utf-8"))
+        plan = found["key"]["preset"]
+        whole = isinstance(found["files"], dict) and len(plan["shape"]) == len(plan["voxel_mm"]) == 3
+        return found if whole else {}
+    except (OSError, ValueError, KeyError, TypeError):  # no file, no JSON, or another JSON
         return {}
 
 
@@ -72,8 +76,11 @@ def read_breathing(path: Path | None, study: Study, what: str) -> xr.DataArray:
 # %% ../../nbs/cli/95_motion.ipynb #66bb859d
 def imagine(args: argparse.Namespace, report) -> Outcome:
     """Write the phases of a breath as CT series, and their fields, into `args.out`."""
-    if args.out.exists():
-        raise FileExistsError("expected a new folder, got one that is there: name another one, or remove it")
+    with new_folder(args.out, args.study) as out:
+        return _imagine(args, out, report)
+
+
+def _imagine(args: argparse.Namespace, out: Path, report) -> Outcome:
     folder, key = find_weights(args.weights, args.model)
     report(0.01, "reading the study")
     study = read_study(args.study, planning=args.planning)
@@ -89,9 +96,9 @@ def imagine(args: argparse.Namespace, report) -> Outcome:
     for i, (percent, amplitude) in enumerate(amplitudes.items(), 1):
         report(i / (len(amplitudes) + 1), f"phase {percent:g}%")
         phase, name = imagine_phase(model, ct, grid, during, amplitude, num_inference_steps=steps), f"phase_{percent:03.0f}"
-        series = write_ct(phase.ct, args.out / name, joined.study, frame_uid=source.frame_uid, position=joined.position, sources=(source,),
+        series = write_ct(phase.ct, out / name, joined.study, frame_uid=source.frame_uid, position=joined.position, sources=(source,),
                           description=f"phase {percent:g}%, {args.model}", series_number=20 + i, phase=(i, len(amplitudes)))
-        write_deformation(phase.displacement_mm, args.out / f"{name}.dcm", joined.study, moving=source, fixed=series,
+        write_deformation(phase.displacement_mm, out / f"{name}.dcm", joined.study, moving=source, fixed=series,
                           description=f"to phase {percent:g}%")
         largest_mm.append(float(np.sqrt((phase.displacement_mm**2).sum("vector")).max()))
     facts = {"model": args.model, "slices": ct.sizes["z"], "phases": [{"percent": p, "amplitude": a, "largest_mm": m}

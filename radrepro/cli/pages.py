@@ -48,6 +48,8 @@ def run_notebook(path: Path, out_dir: Path, parameters: dict) -> Path:
 def _run(args: argparse.Namespace, *names: str) -> Path:
     given = {name: getattr(args, name) for name in ("preset", "cohort", "data_dir", "device", "seeds", *names)}
     given = {k: v for k, v in given.items() if v != ""} | {"out_dir": str(args.out_dir)}
+    if args.data_dir:
+        os.environ["RADREPRO_DATA_DIR"], given["data_dir"] = args.data_dir, "$RADREPRO_DATA_DIR"
     return run_notebook(find_notebook(args.command), args.out_dir, given)
 
 

@@ -13,7 +13,8 @@ import torch
 import xarray as xr
 
 from .answers import Outcome
-from .series import join_study
+from .series import join_study, new_folder
+from ..core.dicom_write import Referenced
 from ..core.dicom_write_rt import write_sct
 from ..core.volume import AXES, like
 from ..data.cohorts import HeadNeckCase, fingerprint, headneck_cases, thorax_cases
@@ -26,8 +27,8 @@ from ..train.presets import get_preset
 from ..train.runs import pick_device, provenance
 
 # %% auto #0
-__all__ = ['PARTS', 'StudyCase', 'case_of', 'export', 'fitted', 'about', 'fit', 'pairs_to_use', 'in_planning_frame', 'synthesise',
-           'report']
+__all__ = ['PARTS', 'StudyCase', 'case_of', 'export', 'fitted', 'about', 'fit', 'pairs_to_use', 'sources_of', 'in_planning_frame',
+           'synthesise', 'report']
 
 # %% ../../nbs/cli/94_patient.ipynb #20a018e9
 @dataclass(frozen=True)
@@ -62,8 +63,11 @@ def case_of(args: argparse.Namespace) -> StudyCase | HeadNeckCase:
 # %% ../../nbs/cli/94_patient.ipynb #cc955382
 def export(args: argparse.Namespace, report) -> Outcome:
     """Write a built-in patient as a DICOM study into `args.out`."""
-    if args.out.exists():
-        raise FileExistsError("expected a new folder, got one that is there: name another one, or remove it")
+    with new_folder(args.out) as folder:
+        return _export(args, folder, report)
+
+
+def _export(args: argparse.Namespace, folder: Path, report) -> Outcome:
     preset = get_preset(args.preset)
     if args.site == "head-neck":
         from radrepro.data.export import export_headneck
@@ -76,10 +80,10 @@ def export(args: argparse.Namespace, report) -> Outcome:
     case, facts = cases[args.patient - 1], {"site": args.site, "cohort": args.cohort, "patient": args.patient}
     report(0.1, "drawing the patient")
     if args.site == "head-neck":
-        parts = export_headneck(case.load(preset.kv2ct.voxel_mm), args.out)
+        parts = export_headneck(case.load(preset.kv2ct.voxel_mm), folder)
         text = "inspect it, fit it"
     else:
-        found = _export_thorax(case, preset.ct5d, args.out)
+        found = _export_thorax(case, preset.ct5d, folder)
         parts, facts = found.parts, facts | {"start_s": found.start_s, "scan_s": found.scan_s, "direction": found.direction}
         text = f"imagine it with --scan-start-s {found.start_s:.2f} --scan-s {found.scan_s:.2f}"
         text += " --head-first" if found.direction < 0 else ""
@@ -150,6 +154,12 @@ def pairs_to_use(study: Study, patient: Patient, voxel_mm: float) -> list[xr.Dat
     return list(kvs[-1])
 
 
+def sources_of(study: Study) -> list[list[Referenced]]:
+    """For each pair of `pairs_to_use`, in its order, the two kV images as what others need to point at them."""
+    pairs = study.kvs or days_of(study)[0][-1].kvs[:1]
+    return [[Referenced("", "", "", kv.sop_class_uid, (kv.sop_uid,)) for kv in pair] for pair in pairs]
+
+
 def in_planning_frame(hu: torch.Tensor, patient: Patient, study: Study) -> xr.DataArray:
     """The full-size CT (Paper A) of HU (Z, Y, X), with coordinates in the planning CT's own frame and not about the isocentre."""
     name = f"planning CT {study.planning.id}"
@@ -161,8 +171,11 @@ def in_planning_frame(hu: torch.Tensor, patient: Patient, study: Study) -> xr.Da
 
 def synthesise(args: argparse.Namespace, report) -> Outcome:
     """Write a CT for each kV pair as a DICOM series into `args.out`."""
-    if args.out.exists():
-        raise FileExistsError("expected a new folder, got one that is there: name another one, or remove it")
+    with new_folder(args.out, args.study) as folder:
+        return _synthesise(args, folder, report)
+
+
+def _synthesise(args: argparse.Namespace, folder: Path, report) -> Outcome:
     case = StudyCase(str(args.study), args.planning)
     joined = join_study(args.study, case.study.planning.id, identified=args.identified)
     if not days_of(case.study)[1]:  # before anything is trained
@@ -171,10 +184,10 @@ def synthesise(args: argparse.Namespace, report) -> Outcome:
     predict = predictors(patient, converters)[args.model]
     pairs = pairs_to_use(case.study, patient, get_preset(args.preset).kv2ct.voxel_mm)
     files = 0
-    for i, kv in enumerate(pairs, 1):
+    for i, (kv, images) in enumerate(zip(pairs, sources_of(case.study), strict=True), 1):
         ct = in_planning_frame(predict(torch.from_numpy(kv.values)), patient, case.study)
-        series, _ = write_sct(ct, args.out / f"sct_{i}", joined.study, source=joined.source, position=joined.position,
-                              description=f"sCT {i} of {len(pairs)}, {args.model}")
+        series, _ = write_sct(ct, folder / f"sct_{i}", joined.study, source=joined.source, sources=images,
+                              position=joined.position, description=f"sCT {i} of {len(pairs)}, {args.model}")
         files += len(series.files)
     facts = about(patient) | {"model": args.model, "preset": args.preset, "series": len(pairs), "files": files, "shape": list(ct.shape)}
     return Outcome(f"{len(pairs)} synthetic CT(s) in the planning CT's frame, {files} files of {ct.sizes['y']} x {ct.sizes['x']} voxels. "

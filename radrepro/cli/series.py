@@ -3,18 +3,22 @@
 # %% ../../nbs/cli/93_series.ipynb #d741e92c
 from __future__ import annotations
 
+import contextlib
 import re
+import tempfile
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 from pydicom.dataset import Dataset
 
 from ..core.dicom import element, open_dicom
+from ..core.dicom_layout import DicomWarning
 from ..core.dicom_series import find_series, short_uid
-from ..core.dicom_write import Referenced, StudyHeader, Subject, referenced
+from ..core.dicom_write import Referenced, StudyHeader, Subject, referenced, shared_by
 
 # %% auto #0
-__all__ = ['names_nobody', 'Joined', 'join_study']
+__all__ = ['names_nobody', 'new_folder', 'Joined', 'join_study']
 
 # %% ../../nbs/cli/93_series.ipynb #b91b30bc
 _BUILT_IN = re.compile(r"(PHANTOM|REAL)-(HEADNECK|THORAX)-\d{3}")
@@ -23,6 +27,22 @@ _BUILT_IN = re.compile(r"(PHANTOM|REAL)-(HEADNECK|THORAX)-\d{3}")
 def names_nobody(ds: Dataset) -> bool:
     """Whether a data set says that its patient's identity was removed, or is of a built-in patient that `radrepro export` wrote."""
     return ds.get("PatientIdentityRemoved") == "YES" or _BUILT_IN.fullmatch(str(ds.get("PatientID", ""))) is not None
+
+
+@contextlib.contextmanager
+def new_folder(out: Path, study: Path | None = None):
+    """A folder to write into that becomes `out` when everything is in it; after an error or an interruption nothing is left.
+
+    Raises FileExistsError where `out` is there, ValueError where it lies within `study`: what is made would be read as measured."""
+    if out.exists():
+        raise FileExistsError("expected a new folder, got one that is there: name another one, or remove it")
+    if study is not None and out.resolve().is_relative_to(study.resolve()):
+        raise ValueError("expected a folder outside of STUDY, got one in it: what is made would be taken for a part of the study")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="unfinished-", dir=out.parent) as room:
+        folder = Path(room, "new")
+        yield folder
+        folder.rename(out)
 
 
 class Joined(NamedTuple):
@@ -48,4 +68,6 @@ def join_study(folder: str | Path, ct: str, *, identified: bool = False) -> Join
                          "`radrepro ingest` it first, or pass --identified to write the patient's own name, number and UIDs")
     text = lambda keyword: element(ds, keyword, str, file=path, default="")
     subject = Subject(text("PatientID"), str(ds.get("PatientName", "")))
-    return Joined(StudyHeader(subject, study_uid=source.study_uid), source, text("PatientPosition") or "HFS")
+    if not (position := text("PatientPosition")):
+        warnings.warn("the CT does not say how the patient lay (PatientPosition): the new series says HFS", DicomWarning, stacklevel=2)
+    return Joined(StudyHeader(subject, study_uid=source.study_uid, shared=shared_by(ds)), source, position or "HFS")

@@ -61,7 +61,7 @@ class KVImage(NamedTuple):
     """One kV image. `image`: float32 DataArray (v, u), mm at the receptor from the central ray, v superior, u as in `KVGeometry`.
     `angle_deg`: of the source about the patient. `intensity`: True where the values are proportional to the signal (LIN, rising
     with it), False where they are a logarithm that rises with attenuation, None where the file does not say.
-    `isocentre_mm`: LPS, None where not said."""
+    `isocentre_mm`: LPS, None where not said. `sop_class_uid`, `sop_uid`: of the file, for what is made from it to point at."""
 
     image: xr.DataArray
     angle_deg: float
@@ -69,6 +69,8 @@ class KVImage(NamedTuple):
     sid_mm: float
     intensity: bool | None
     isocentre_mm: tuple[float, float, float] | None
+    sop_class_uid: str = ""
+    sop_uid: str = ""
 
 
 class _View(NamedTuple):
@@ -189,7 +191,8 @@ def read_kv(file: str | Path, *, position: str | None = None) -> KVImage:
         remark(file, "PixelIntensityRelationship", "it does not say LIN or LOG with a sign that is known here: the values are as stored")
     isocentre = get("IsocenterPosition", 3, default=None)
     image = image.sortby(["v", "u"]).transpose("v", "u")
-    return KVImage(image, 0.0 if angle > 359.9999 else angle, view.sad_mm, view.sid_mm, intensity, isocentre)
+    return KVImage(image, 0.0 if angle > 359.9999 else angle, view.sad_mm, view.sid_mm, intensity, isocentre,
+                   get("SOPClassUID", 1, str, default=""), get("SOPInstanceUID", 1, str, default=""))
 
 # %% ../../nbs/core/01_dicom_kv.ipynb #a50e258f
 def minus_log(kv: KVImage, *, open_field: float) -> KVImage:

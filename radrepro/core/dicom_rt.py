@@ -182,13 +182,18 @@ class Plan(NamedTuple):
 
 
 def _prescription_gy(ds: pydicom.Dataset, file) -> float | None:
-    """The largest TargetPrescriptionDose; of volumes and sites before those of points."""
+    """The largest TargetPrescriptionDose; of volumes and sites before those of points.
+
+    Raises DicomError where one is below 0 Gy, or all are 0."""
     found = [(element(d, "DoseReferenceStructureType", str, file=file, default="") in ("VOLUME", "SITE"), dose)
              for d in items(ds, "DoseReferenceSequence", file=file, default=[])
              if (dose := element(d, "TargetPrescriptionDose", file=file, default=None)) is not None]
     if not found:
         remark(file, "TargetPrescriptionDose", "the plan prescribes no dose")
         return None
+    if min(dose for _, dose in found) < 0 or not any(dose for _, dose in found):
+        raise refusal(file, "TargetPrescriptionDose", "a dose above 0 Gy", "zero or less", "export the plan as it was approved")
+    found = [(whole, dose) for whole, dose in found if dose > 0]
     if len({dose for _, dose in found}) > 1:
         remark(file, "TargetPrescriptionDose",
                f"{len(found)} doses are prescribed: the largest to a volume or site is taken, else to a point")
@@ -214,7 +219,8 @@ def _beam(beam: pydicom.Dataset, file, ion: bool) -> Beam:
 def read_plan(file: str | Path) -> Plan:
     """The Plan of an RT Plan or RT Ion Plan file: its treatment beams only, not those for set-up images.
 
-    Raises DicomError for other files, brachytherapy, several fraction groups, and beams without isocentre, gantry angle or SAD."""
+    Raises DicomError for other files, brachytherapy, several fraction groups, a prescription or fractions of zero or less, and beams
+    without isocentre, gantry angle or SAD."""
     ds = open_dicom(file)
     ion = expect_class(ds, file, uid.RTPlanStorage, uid.RTIonPlanStorage) == uid.RTIonPlanStorage
     groups = items(ds, "FractionGroupSequence", file=file)
@@ -225,8 +231,11 @@ def read_plan(file: str | Path) -> Plan:
                   if element(b, "TreatmentDeliveryType", str, file=file, default="TREATMENT") in ("TREATMENT", "CONTINUATION"))
     if not beams:
         raise refusal(file, keyword, "at least one treatment beam", "none", "export an external beam plan")
+    fractions = element(groups[0], "NumberOfFractionsPlanned", int, file=file)
+    if fractions < 1:
+        raise refusal(file, "NumberOfFractionsPlanned", "at least one fraction", "none or less", "export the plan as it was approved")
     setups = items(ds, "PatientSetupSequence", file=file, default=[])
     positions = {element(s, "PatientPosition", str, file=file, default="") for s in setups} - {""}
-    return Plan(_prescription_gy(ds, file), element(groups[0], "NumberOfFractionsPlanned", int, file=file),
+    return Plan(_prescription_gy(ds, file), fractions,
                 tuple(dict.fromkeys(b.isocentre_mm for b in beams)), beams, positions.pop() if len(positions) == 1 else "",
                 frame_of(ds, file))

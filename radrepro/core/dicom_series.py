@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -47,18 +48,20 @@ class Found(NamedTuple):
 def find_series(folder: str | Path) -> Found:
     """Every series under a folder, from the headers alone, largest first.
 
-    Files that are no DICOM files are listed as ignored, DICOM files that cannot be read as damaged.
-    Raises DicomError where there is no such folder, or a symbolic link leads out of it."""
+    Files that are no DICOM files are listed as ignored; DICOM files that cannot be read, files that cannot be opened, and what is empty or
+    cut off before a header where DICOM files are expected, as damaged. Raises DicomError where there is no such folder, a part of it cannot
+    be read, or a symbolic link leads out of it."""
     folder, found, ignored, damaged = Path(folder), [], [], []
     if not folder.is_dir():
         raise refusal(folder, None, "a folder", "none", "check the path")
-    for path in _files(folder):
-        if not _is_dicom(path):
-            ignored.append((path, "no DICOM file"))
-            continue
+    heads = [(path, _head(path)) for path in _files(folder)]
+    beside = {(path.parent, _ending(path)) for path, head in heads if _is_dicom(head) and path.name.upper() != "DICOMDIR"}
+    for path, head in heads:
         try:
-            source = layout(path)
-            if 0x00041220 in source.elements:
+            if not _is_dicom(head):
+                _check_nothing_lost(path, head, beside)
+                ignored.append((path, "no DICOM file"))
+            elif 0x00041220 in (source := layout(path)).elements:
                 ignored.append((path, "a directory of a medium (DICOMDIR)"))
             else:
                 found.append(source)
@@ -90,25 +93,58 @@ def group_series(layouts: list[Layout]) -> tuple[list[Series], list[DicomError]]
 
 def _files(folder: Path):
     root = folder.resolve()
-    for where, folders, names in os.walk(folder, followlinks=False):
+
+    def unreadable(e: OSError):  # what lies in there would be missed without a word
+        raise refusal(e.filename, None, "a folder that can be read", type(e).__name__, "check who may read it") from None
+
+    for where, folders, names in os.walk(folder, onerror=unreadable, followlinks=False):
         folders.sort()
-        for name in sorted(folders + names):
-            path = Path(where, name)
-            if path.is_symlink():
-                if not path.resolve().is_relative_to(root):
-                    raise refusal(path, None, "files of this folder", "a link that leads out of it", "copy the file itself to here")
-            elif name in names:
-                yield path
+        for name in sorted(folders):
+            _check_link(Path(where, name), root)
+        for name in sorted(names):
+            if not _check_link(Path(where, name), root):
+                yield Path(where, name)
 
 
-def _is_dicom(path: Path) -> bool:
-    try:
-        if not path.is_file():
-            return False
-        with open(path, "rb", buffering=0) as f:
-            return f.read(132)[128:] == b"DICM"
-    except OSError:
+def _check_link(path: Path, root: Path) -> bool:
+    """Whether it is a symbolic link. Raises DicomError for one that leads out of `root`."""
+    if not os.path.islink(path):
         return False
+    if not Path(os.path.realpath(path)).is_relative_to(root):
+        raise refusal(path, None, "files of this folder", "a link that leads out of it", "copy the file itself to here")
+    return True
+
+
+def _head(path: Path) -> bytes | str | None:
+    """The first 132 bytes of a file; the kind of error where it cannot be read, None for a pipe or a device."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return None
+        with open(path, "rb", buffering=0) as f:
+            return f.read(132)
+    except OSError as e:
+        return type(e).__name__
+
+
+def _is_dicom(head: bytes | str | None) -> bool:
+    return isinstance(head, bytes) and head[128:] == b"DICM"
+
+
+def _ending(path: Path) -> str:
+    """The ending of a file's name; '' where it is a number, as in names that are UIDs."""
+    ending = path.suffix.lower()
+    return "" if ending[1:].isdigit() else ending
+
+
+def _check_nothing_lost(path: Path, head: bytes | str | None, beside: set[tuple[Path, str]]) -> None:
+    """Raises DicomError for a file that cannot be read, and for an empty or cut-off one that is named as a DICOM file.
+
+    `beside`: folders with the endings of the DICOM files in them."""
+    if isinstance(head, str):
+        raise refusal(path, None, "a file that can be read", head, "check who may read it, or copy it again")
+    named = _ending(path) == ".dcm" or ((path.parent, _ending(path)) in beside and not path.name.startswith("."))
+    if head is not None and named and (len(head) < 132 or not any(head)):  # a full disk also leaves zeros
+        raise refusal(path, None, "a DICOM file", "an empty or cut-off one", "copy or export it again, or delete it")
 
 # %% ../../nbs/core/01_dicom_series.ipynb #c255bf1b
 def series_table(found: Found, used: Mapping[str, str] | None = None) -> pd.DataFrame:

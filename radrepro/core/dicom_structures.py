@@ -3,6 +3,7 @@
 # %% ../../nbs/core/01_dicom_structures.ipynb #3f5fb551
 from __future__ import annotations
 
+import math
 from itertools import chain, count
 from pathlib import Path
 
@@ -20,32 +21,42 @@ from .volume import check, like, move, spacing_mm, volume
 __all__ = ['PLANE_MM', 'fill_polygons', 'read_structures']
 
 # %% ../../nbs/core/01_dicom_structures.ipynb #7c23ed6f
+_CROSSINGS = 2**18  # at a time: some 20 MB
+
+
+def _flips(polygon, y_mm, x_mm):
+    """(row, column) of where a state turns over, once for each crossed edge, in parts of about `_CROSSINGS`."""
+    a, b = np.asarray(polygon, float), np.roll(polygon, -1, axis=0)
+    low, high = np.where((a[:, 1] <= b[:, 1])[:, None], a, b), np.where((a[:, 1] <= b[:, 1])[:, None], b, a)
+    first, last = np.searchsorted(y_mm, low[:, 1]), np.searchsorted(y_mm, high[:, 1])
+    part = np.cumsum(last - first) // _CROSSINGS
+    for edges in np.split(np.arange(len(a)), np.flatnonzero(np.diff(part)) + 1):
+        n = (last - first)[edges]
+        edge = np.repeat(edges, n)
+        row = np.arange(len(edge)) - np.repeat(np.cumsum(n) - last[edges], n)
+        slope = (high[edge, 0] - low[edge, 0]) / (high[edge, 1] - low[edge, 1])
+        yield row, np.searchsorted(x_mm, low[edge, 0] + (np.asarray(y_mm)[row] - low[edge, 1]) * slope)
+
+
 def fill_polygons(polygons, y_mm, x_mm) -> np.ndarray:
     """Which pixel centres lie inside an odd number of `polygons`: bool (Y, X).
 
-    `polygons`: arrays (n, 2) of x, y in mm, closed by themselves. `y_mm`, `x_mm`: pixel centres, ascending."""
-    rows, columns = [np.zeros(0, int)], [np.zeros(0, int)]  # where a state turns over, once for each crossed edge
-    for polygon in polygons:
-        a, b = np.asarray(polygon, float), np.roll(polygon, -1, axis=0)
-        low, high = np.where((a[:, 1] <= b[:, 1])[:, None], a, b), np.where((a[:, 1] <= b[:, 1])[:, None], b, a)
-        first, last = np.searchsorted(y_mm, low[:, 1]), np.searchsorted(y_mm, high[:, 1])
-        edge = np.repeat(np.arange(len(a)), last - first)
-        row = np.arange(len(edge)) - np.repeat(np.cumsum(last - first) - last, last - first)
-        low, high = low[edge], high[edge]
-        slope = (high[:, 0] - low[:, 0]) / (high[:, 1] - low[:, 1])
-        crossing = low[:, 0] + (np.asarray(y_mm)[row] - low[:, 1]) * slope
-        rows.append(row)
-        columns.append(np.searchsorted(x_mm, crossing))
-    row, column = np.concatenate(rows), np.concatenate(columns)
+    `polygons`: arrays (n, 2) of x, y in mm, closed by themselves. `y_mm`, `x_mm`: pixel centres, ascending.
+    Memory: that of a few masks, however often the edges cross the rows."""
     inside = np.zeros((len(y_mm), len(x_mm)), bool)
-    if len(row):
+    for row, column in (flips for polygon in polygons for flips in _flips(polygon, y_mm, x_mm)):
+        if not len(row):
+            continue
         top, left, shape = row.min(), column.min(), (np.ptp(row) + 1, np.ptp(column) + 1)
-        flips = np.bincount((row - top) * shape[1] + column - left, minlength=shape[0] * shape[1]).reshape(shape)
-        inside[top : top + shape[0], left : left + shape[1] - 1] = np.cumsum(flips, axis=1)[:, :-1] % 2
+        odd = np.bincount((row - top) * shape[1] + column - left, minlength=shape[0] * shape[1]).reshape(shape) % 2 == 1
+        turned = np.logical_xor.accumulate(odd, axis=1)
+        inside[top : top + shape[0], left : left + shape[1]] ^= turned[:, : len(x_mm) - left]
+        inside[top : top + shape[0], left + shape[1] :] ^= turned[:, -1:]  # of a part the rest closes the row
     return inside
 
 # %% ../../nbs/core/01_dicom_structures.ipynb #c5d74477
 PLANE_MM = 0.1  # points that differ less than this along z lie in one plane
+_COMPARED = 100  # contours of one plane: each is compared with each
 
 
 def _planes(polygons: list[np.ndarray]) -> list[tuple[float, list[np.ndarray]]]:
@@ -64,13 +75,19 @@ def _plane_mask(polygons, y_mm, x_mm, remarks: set[str]) -> np.ndarray:
     if len(unlike) < len(polygons):
         remarks.add("a contour is there twice in one plane: it counts once")
     if len(unlike) > 1:
-        filled = [fill_polygons([p], y_mm, x_mm) for p in unlike.values()]
-        for i, a in enumerate(filled):
-            for b in filled[:i]:
-                both = int((a & b).sum())
-                if 0 < both < min(a.sum(), b.sum()):
+        together, filled = np.zeros((len(y_mm), len(x_mm)), bool), []
+        for i, polygon in enumerate(unlike.values()):
+            one = fill_polygons([polygon], y_mm, x_mm)
+            together ^= one
+            if i >= _COMPARED:
+                remarks.add(f"more than {_COMPARED} contours in one plane: whether the others overlap in part was not looked for")
+                continue
+            for other in filled:
+                both = int((one & other).sum())
+                if 0 < both < min(one.sum(), other.sum()):
                     remarks.add("contours of one plane overlap in part: what lies in both is taken to be outside (XOR)")
-        return np.logical_xor.reduce(filled)
+            filled.append(one)
+        return together
     return fill_polygons(unlike.values(), y_mm, x_mm)
 
 
@@ -116,15 +133,35 @@ def _to_frame(roi_frame: str, frame: str, registration: Registration | None, fil
                   "give the registration (REG) between both frames, or the CT that was contoured")
 
 
-def _turned_mask(polygons, grid: xr.DataArray, matrix: np.ndarray, remarks: set[str]) -> np.ndarray:
+_MOST_VOXELS = 2**28
+
+
+def _own_grid(polygons: list[np.ndarray], grid: xr.DataArray, matrix: np.ndarray) -> dict[str, np.ndarray]:
+    """Voxel centres (z, y, x) about the polygons in their own frame, as far as the CT reaches; none along an axis where they miss it."""
     z = np.array([z for z, _ in _planes(polygons)])
     step = (float(np.median(np.diff(z))) if len(z) > 1 else spacing_mm(grid)[0], *(s / 2 for s in spacing_mm(grid)[1:]))
-    points = np.concatenate(polygons)
-    own = {a: np.arange(points[:, i].min() - s, points[:, i].max() + 1.5 * s, s) for i, a, s in zip((2, 1, 0), "zyx", step)}
-    upright = volume(np.zeros([len(c) for c in own.values()], np.uint8), **own, units="1")
-    upright = like(_stack_mask(polygons, upright, remarks).astype(np.uint8), upright)
-    mask = move(upright, matrix, to=grid, fill=0, order=0).values > 0
-    if upright.values.any() and not mask.any():
+    ends = [[float(grid[a][i]) for i in (0, -1)] for a in "xyz"]
+    corners = np.linalg.inv(matrix) @ np.array([(x, y, z, 1) for x in ends[0] for y in ends[1] for z in ends[2]]).T
+    points, own = np.concatenate(polygons), {}
+    for i, a, s in zip((2, 1, 0), "zyx", step):
+        first, least, most = points[:, i].min() - s, corners[i].min() - s, corners[i].max() + s
+        if first < least:  # begins at the CT, with the contours' planes still in the middle of voxels
+            first = least + (first - least) % s
+        own[a] = np.arange(first, min(points[:, i].max(), most) + 1.5 * s, s)
+    return own
+
+
+def _turned_mask(polygons, grid: xr.DataArray, matrix: np.ndarray, remarks: set[str], file) -> np.ndarray:
+    own = _own_grid(polygons, grid, matrix)
+    if math.prod(len(c) for c in own.values()) > _MOST_VOXELS:
+        raise refusal(file, "ContourData", f"contours that {_MOST_VOXELS // 10**6} million voxels hold as they lie", "more",
+                      "leave out what is drawn finer than the CT, or register on the CT's own slices")
+    mask, drawn = np.zeros(grid.shape, bool), True
+    if all(len(c) > 1 for c in own.values()):
+        upright = volume(np.zeros([len(c) for c in own.values()], np.uint8), **own, units="1")
+        upright = like(_stack_mask(polygons, upright, remarks).astype(np.uint8), upright)
+        mask, drawn = move(upright, matrix, to=grid, fill=0, order=0).values > 0, upright.values.any()
+    if drawn and not mask.any():
         remarks.add("the registered contours lie outside of the CT: the mask is empty")
     return mask
 
@@ -157,8 +194,8 @@ def read_structures(file: str | Path, like_ct: xr.DataArray, *, frame: str,
 
     `frame`: `frame_id` of the CT's frame of reference. `registration`: between both frames, where they differ. A voxel is
     inside where its centre is. Structures without a closed axial contour are left out; this and everything unusual is a
-    DicomWarning that names the structure by its number. Raises DicomError for other files, frames that do not match and
-    damaged contours. Source: DICOM PS3.3, C.8.8.5 and C.8.8.6."""
+    DicomWarning that names the structure by its number. Raises DicomError for other files, frames that do not match, and contours that
+    are damaged or, where they are turned, far finer than the CT. Source: DICOM PS3.3, C.8.8.5 and C.8.8.6."""
     check(like_ct, finite=False, name="like_ct")
     ds = open_dicom(file)
     expect_class(ds, file, uid.RTStructureSetStorage)
@@ -178,7 +215,7 @@ def read_structures(file: str | Path, like_ct: xr.DataArray, *, frame: str,
         if np.allclose(matrix[:3, :3], np.eye(3), atol=1e-6):
             mask = _stack_mask([p + matrix[:3, 3] for p in polygons], like_ct, remarks)
         else:
-            mask = _turned_mask(polygons, like_ct, matrix, remarks)
+            mask = _turned_mask(polygons, like_ct, matrix, remarks, file)
         for text in sorted(remarks):
             remark(file, "ContourData", f"ROI {roi}: {text}")
         given = element(entry, "ROIName", str, file=file, default="") or f"ROI {roi}"

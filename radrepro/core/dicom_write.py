@@ -13,6 +13,9 @@ from typing import Mapping, NamedTuple, Sequence
 import numpy as np
 import pydicom
 import xarray as xr
+from pydicom.config import RAISE
+from pydicom.datadict import dictionary_VR
+from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 from pydicom.valuerep import DS
@@ -24,8 +27,8 @@ from .dicom_series import Series
 from .volume import AXES, check, spacing_mm
 
 # %% auto #0
-__all__ = ['Subject', 'StudyHeader', 'Referenced', 'referenced', 'Planes', 'planes', 'decimals', 'new_object', 'save',
-           'numbers_id', 'reference', 'fill_pixels', 'code', 'write_ct', 'write_4dct']
+__all__ = ['Subject', 'StudyHeader', 'shared_by', 'Referenced', 'referenced', 'Planes', 'planes', 'decimals', 'new_object',
+           'save', 'numbers_id', 'reference', 'fill_pixels', 'code', 'write_ct', 'write_4dct']
 
 # %% ../../nbs/core/01_dicom_write.ipynb #f6037ebb
 @dataclass(frozen=True)
@@ -41,13 +44,15 @@ class StudyHeader:
     """What all objects of one export share.
 
     `synthetic`: False where the voxels were measured and only resampled. `seed`: of all UIDs. `made`: when it was written.
-    `study_uid`: of a study that the objects join, "" for a new one. Its date is then left empty: nothing of a source's dates is kept."""
+    `study_uid`: of a study that the objects join, "" for a new one. `shared`: what its objects say of patient and study (see
+    `shared_by`), which overrules the rest; without it a joined study's date is left empty."""
 
     subject: Subject = Subject()
     synthetic: bool = True
     seed: str = field(default_factory=lambda: secrets.token_hex(16))
     made: datetime = field(default_factory=lambda: datetime.now().replace(microsecond=0))
     study_uid: str = ""
+    shared: Dataset = field(default_factory=Dataset)
 
     @property
     def label(self) -> str:
@@ -55,13 +60,29 @@ class StudyHeader:
         return f"{'SYNTHETIC' if self.synthetic else 'RESAMPLED'}, FOR RESEARCH ONLY"
 
     def uid(self, *names) -> str:
-        """The UID of what `names` (texts or numbers) name in this study."""
-        return generate_uid(entropy_srcs=["radrepro", self.seed, self.subject.id, *(f"/{n}" for n in names)])
+        """The UID of what `names` (texts or numbers) name in this study: all that an object holds must be among them, for one UID is one object."""
+        return generate_uid(entropy_srcs=["radrepro", self.seed, self.subject.id, self.study_uid, *(f"/{n}" for n in names)])
 
     @property
     def instance_uid(self) -> str:
         """Study Instance UID."""
         return self.study_uid or self.uid("study")
+
+
+_SHARED = ("PatientBirthDate", "PatientSex", "PatientIdentityRemoved", "DeidentificationMethod", "DeidentificationMethodCodeSequence",
+           "StudyDate", "StudyTime", "StudyID", "StudyDescription", "AccessionNumber", "ReferringPhysicianName")
+_ENUMERATED = {"PatientSex": ("M", "F", "O", ""), "PatientIdentityRemoved": ("YES", "NO")}
+
+
+def shared_by(ds: Dataset) -> Dataset:
+    """What a data set says of patient and study, name and number apart: an object that joins its study must say the same."""
+    out = Dataset()
+    for keyword in (k for k in _SHARED if k in ds and str(ds[k].value) in _ENUMERATED.get(k, (str(ds[k].value),))):
+        try:
+            out.add(DataElement(keyword, dictionary_VR(keyword), ds[keyword].value, validation_mode=RAISE))
+        except ValueError:  # what the standard does not allow is not written again
+            pass
+    return out
 
 
 class Referenced(NamedTuple):
@@ -141,6 +162,7 @@ def new_object(study: StudyHeader, sop_class_uid: str, modality: str, *, sop_uid
     ds.Modality, ds.SeriesInstanceUID, ds.SeriesNumber = modality, series_uid, series_number
     ds.SeriesDescription = f"{study.label}: {description}"[:64]
     ds.SeriesDate, ds.SeriesTime, ds.OperatorsName = day, time, ""
+    ds.update(study.shared)
     ds.FrameOfReferenceUID, ds.PositionReferenceIndicator = frame_uid, ""
     ds.Manufacturer = ds.ManufacturerModelName = "radrepro"
     ds.SoftwareVersions = __version__
@@ -234,7 +256,7 @@ def write_ct(ct: xr.DataArray, folder: str | Path, study: StudyHeader, *, frame_
     Source: PS3.3, A.3 (CT Image IOD)."""
     intercept, stack = _as_stored(ct, "ct"), planes(ct, position)
     name = numbers_id(ct.values, *(ct[a].values for a in AXES))
-    series_uid = study.uid("ct", name, position, description)
+    series_uid = study.uid("ct", name, position, description, frame_uid, *(s.series_uid or s.sop_uids for s in sources))
     frame_uid = frame_uid or study.uid("frame", series_uid)
     uids, files, made_from = [], [], [(s, _source_items(s)) for s in sources]
     for i, (pixels, where) in enumerate(zip(stack.pixels, stack.positions_mm)):

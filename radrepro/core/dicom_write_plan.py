@@ -81,7 +81,7 @@ def write_plan(path: str | Path, study: StudyHeader, *, structures: Referenced, 
     isocentre, which is that of the views too. `geometry`: views by the patient. Raises ValueError where dose or fractions are not
     positive, there is no beam, one is an arc, or the position is none. Source: PS3.3, A.20 (RT Plan IOD)."""
     _check_plan(prescription_gy, fractions, beams)
-    uid = study.uid("plan", structures.sop_uids[0], prescription_gy, fractions, geometry, *beams, position)
+    uid = study.uid("plan", structures.sop_uids[0], prescription_gy, fractions, geometry, *beams, position, description)
     ds = new_object(study, RTPlanStorage, "RTPLAN", sop_uid=uid, series_uid=study.uid("plans", uid), series_number=4,
                     description=description, frame_uid=structures.frame_uid)
     ds.RTPlanLabel, ds.RTPlanDescription, ds.PlanIntent = study.label.split(",")[0], f"{study.label}: {description}", "RESEARCH"
@@ -119,7 +119,8 @@ def write_dose(dose_gy: xr.DataArray, path: str | Path, study: StudyHeader, *, c
         raise ValueError(f"dose_gy: expected no dose below 0, got {float(dose_gy.min()):g} Gy: write differences of doses as NIfTI")
     stack = planes(dose_gy, "HFS")  # the patient's own axes
     scaling = decimals([float(dose_gy.max()) / (2**32 - 64) or 1.0])[0]  # 64: room for the rounding of the text
-    uid = study.uid("dose", numbers_id(dose_gy.values, *(dose_gy[a].values for a in AXES)), description)
+    name = numbers_id(dose_gy.values, *(dose_gy[a].values for a in AXES))
+    uid = study.uid("dose", name, description, kind, ct.frame_uid, plan.sop_uids[0])
     ds = new_object(study, RTDoseStorage, "RTDOSE", sop_uid=uid, series_uid=study.uid("doses", uid), series_number=5,
                     description=description, frame_uid=ct.frame_uid)
     ds.InstanceNumber, ds.ContentDate, ds.ContentTime = 1, ds.InstanceCreationDate, ds.InstanceCreationTime
@@ -147,8 +148,8 @@ def write_kv(kv: xr.DataArray, folder: str | Path, study: StudyHeader, *, geomet
     if kv.dims != ("view", "v", "u") or kv.shape != shape or not np.isfinite(kv.values).all():
         raise ValueError(f"kv: expected finite images (view, v, u) of shape {shape}, got {kv.dims} {kv.shape}: give their geometry")
     turn = int(patient_to_fixed(position)[1, 2])  # 1 head first, -1 feet first
-    name = numbers_id(kv.values)
-    series_uid, uids, files = study.uid("kv", name, geometry, position), [], []
+    about = (geometry, position, frame_uid, *map(float, isocentre_xyz_mm), plan.sop_uids[0] if plan else "", description)
+    series_uid, uids, files = study.uid("kv", numbers_id(kv.values), *about), [], []
     for i, (view, angle) in enumerate(zip(geometry.views, geometry.angles_deg)):
         pixels = kv.values[i, ::-turn, ::turn].astype(float)
         ds = new_object(study, RTImageStorage, "RTIMAGE", sop_uid=study.uid(series_uid, i), series_uid=series_uid, series_number=2,

@@ -23,6 +23,7 @@ COLOURS = ((0, 158, 115), (230, 159, 0), (86, 180, 233), (204, 121, 167), (240, 
 _TYPES = {"body": "EXTERNAL", "external": "EXTERNAL", "gtv": "GTV", "ctv": "CTV", "ptv": "PTV", "bolus": "BOLUS", "couch": "SUPPORT",
           "helmet": "FIXATION", "mask": "FIXATION"}
 _ON_SLICE_MM = 0.01
+_LONGEST_NAME = 64  # of a value of type LO
 
 
 def structure_type(name: str) -> str:
@@ -57,14 +58,16 @@ def write_structures(masks: Mapping[str, xr.DataArray], path: str | Path, study:
     """Write masks, {name: bool Volume on slices of `ct`}, as an RT Structure Set at `path`; returns what others need to point at it.
 
     `types`: RT ROI Interpreted Types by name where `structure_type` is not right. An empty mask becomes a structure without
-    contours. Raises ValueError where there is no mask, a mask lies between the slices of `ct`, or `ct` has no slices.
+    contours. Raises ValueError where there is no mask, a name is too long for DICOM, a mask lies between the slices of `ct`, or `ct` has no slices.
     Source: PS3.3, A.19 (RT Structure Set IOD)."""
     if not masks or not ct.z_mm:
         raise ValueError(f"expected masks and a CT of slices, got {len(masks)} masks and {len(ct.z_mm)} slices: give a series of write_ct")
+    if any(len(n) > _LONGEST_NAME or "\\" in n for n in masks):
+        raise ValueError(f"expected names of at most {_LONGEST_NAME} characters without a backslash, got others: rename the structures")
     name = numbers_id(*(v.values for v in masks.values()), *(v[a].values for v in masks.values() for a in AXES))
-    ds = new_object(study, RTStructureSetStorage, "RTSTRUCT", sop_uid=study.uid("structures", ct.series_uid, name, *masks),
-                    series_uid=study.uid("structure sets", ct.series_uid, name, *masks), series_number=3, description=description,
-                    frame_uid=ct.frame_uid)
+    uid = study.uid("structures", ct.series_uid, name, description, *masks, *(types or {}).items())
+    ds = new_object(study, RTStructureSetStorage, "RTSTRUCT", sop_uid=uid, series_uid=study.uid("structure sets", uid), series_number=3,
+                    description=description, frame_uid=ct.frame_uid)
     ds.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian  # explicit ones have no room for the length of a long contour
     ds.StructureSetLabel, ds.StructureSetDescription = study.label.split(",")[0], f"{study.label}: {description}"
     ds.StructureSetDate, ds.StructureSetTime = ds.InstanceCreationDate, ds.InstanceCreationTime
@@ -144,7 +147,7 @@ def write_registration(matrix, path: str | Path, study: StudyHeader, *, moving: 
                          "take volume.rigid, or write a field with write_deformation")
     if moving.frame_uid == fixed.frame_uid:
         raise ValueError("expected two frames of reference, got one: what lies in one frame needs no registration")
-    uid = study.uid("registration", numbers_id(m), moving.series_uid, fixed.series_uid)
+    uid = study.uid("registration", numbers_id(m), moving.series_uid, fixed.series_uid, description)
     ds = new_object(study, SpatialRegistrationStorage, "REG", sop_uid=uid, series_uid=study.uid("registrations", uid), series_number=6,
                     description=description, frame_uid=fixed.frame_uid)
     _content(ds, study, description)
@@ -171,7 +174,7 @@ def write_deformation(displacement_mm: xr.DataArray, path: str | Path, study: St
         raise ValueError(f"displacement_mm: expected a field {(VECTOR, *AXES)}, got dims {displacement_mm.dims}: see volume.volume")
     vectors = np.moveaxis(displacement_mm.values[::-1], 0, -1).astype("<f4")  # z, y, x of points; x, y, z of components
     step, name = spacing_mm(displacement_mm), numbers_id(vectors, *(displacement_mm[a].values for a in AXES))
-    uid = study.uid("deformation", name, moving.series_uid, fixed.series_uid)
+    uid = study.uid("deformation", name, moving.series_uid, fixed.series_uid, description)
     ds = new_object(study, DeformableSpatialRegistrationStorage, "REG", sop_uid=uid, series_uid=study.uid("deformations", uid),
                     series_number=7, description=description, frame_uid=fixed.frame_uid)
     _content(ds, study, description)

@@ -18,17 +18,18 @@ __all__ = ['KINDS', 'LONGEST_RUN_S', 'find_data_dir', 'fingerprint', 'clinical_f
 
 # %% ../../nbs/data/14_cohorts.ipynb #fe201437
 def find_data_dir(data_dir: str | Path = "") -> Path:
-    """The folder of real or clinical data: `data_dir`, or else the environment variable RADREPRO_DATA.
+    """The folder of real or clinical data: `data_dir`, in which $NAME stands for an environment variable, or else RADREPRO_DATA.
 
     Raises FileNotFoundError that says how to name one."""
     given = str(data_dir) or os.environ.get("RADREPRO_DATA", "")
+    found = Path(os.path.expandvars(given))  # papermill writes its parameters into the page: a variable keeps a patient's folder out of it
     if not given:
         raise FileNotFoundError("expected a folder of CTs for cohort real or clinical, got none: pass -p data_dir PATH or set "
                                 "RADREPRO_DATA, or use -p cohort phantom")
-    if not Path(given).is_dir():
+    if not found.is_dir():
         raise FileNotFoundError(f"expected data_dir to be a folder, got {given!r}, which is not there: correct the path, or use "
                                 "-p cohort phantom")
-    return Path(given)
+    return found
 
 
 def _check_kind(kind: str) -> None:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import xarray as xr
+from pydicom.dataset import Dataset
 
 from ..core.dicom_write import Referenced, StudyHeader, Subject, write_ct
 from ..core.dicom_write_plan import write_kv
@@ -35,6 +36,13 @@ def study_header(kind: str, site: str, number: int, source: str, *, synthetic: b
     return StudyHeader(who, synthetic=synthetic, seed=f"{kind} {site} {number} {source}", made=FIRST_DAY)
 
 
+def _day(study: StudyHeader, made: datetime, name: str) -> StudyHeader:
+    """The header of another DICOM study of the same patient, begun at `made`."""
+    begun = Dataset()
+    begun.StudyDate, begun.StudyTime = f"{made:%Y%m%d}", f"{made:%H%M%S}"
+    return replace(study, made=made, study_uid=study.uid("day", name), shared=begun, synthetic=True)
+
+
 def export_headneck(patient: Patient, folder: str | Path) -> dict[str, Referenced]:
     """Write a Patient as a DICOM study tree in `folder`: what others need to point at each part, by its name.
 
@@ -47,7 +55,7 @@ def export_headneck(patient: Patient, folder: str | Path) -> dict[str, Reference
                       prescription_gy=patient.prescription_gy, fractions=patient.fractions, gantry_angles_deg=GANTRY_DEG)
     for i, session in enumerate(patient.sessions):
         name, frame = session.name.replace(" ", "_"), out["planning"].frame_uid
-        day = replace(study, made=study.made + timedelta(weeks=i + 1), study_uid=study.uid("day", session.name), synthetic=True)
+        day = _day(study, study.made + timedelta(weeks=i + 1), session.name)
         out[name] = write_ct(session.ct, folder / name, day, frame_uid=frame, description=name, series_number=11 + i)
         for k, kv in enumerate(session.kvs, 1):
             taken = replace(day, made=day.made + timedelta(minutes=5 * k))

@@ -24,18 +24,34 @@ NAMES = (
 )
 
 
-def structure_name(label: str) -> str | None:
-    """Our name of a structure as contoured ("LeftParotid", "Parotid_L", "PTV70"), or None for others."""
+_MADE_OF = re.compile(r"prv|ring|opt(?!ic)|avoid|minus|without|overlap|crop|shell|expan|margin|outside|dummy|help|core|surf|spar(e|ing)"
+                      r"|(?<![a-z])non|(?<![a-z])([cgip]tv)?(no|not|sub|cut)(?![a-z])|\+\s*\d|\d\s*[cm]m(?![a-z])")
+_TARGET, _ORGAN = re.compile("[cgip]tv"), re.compile("brainstem|oralcavity|mandible|parotid")
+
+
+def is_derived(label: str) -> bool:
+    """Whether a name says that the region was made of others: a PRV, a ring, a part, a margin, a difference, a help for the optimiser.
+
+    A target's word beside an organ's counts as well: "Parotid-PTV" is a difference, and nobody can tell it from a tumour in the parotid."""
     plain = re.sub(r"[^a-z0-9]", "", label.lower())
-    return next((name for name, pattern in NAMES if re.search(pattern, plain)), None)
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", label).lower()  # "PTVnoSkin": a capital begins a word
+    return bool(_MADE_OF.search(words) or _TARGET.search(plain) and _ORGAN.search(plain))
+
+
+def structure_name(label: str) -> str | None:
+    """Our name of a structure as contoured ("LeftParotid", "Parotid_L", "PTV70"), or None for others and for what `is_derived`."""
+    plain = re.sub(r"[^a-z0-9]", "", label.lower())
+    return None if is_derived(label) else next((name for name, pattern in NAMES if re.search(pattern, plain)), None)
 
 
 def best_named(named: Iterable[tuple[str, xr.DataArray]]) -> dict[str, xr.DataArray]:
-    """Of (label, bool Volume) those with a name of ours, by it; of several targets a CTV before a PTV, then the highest dose. Empty ones do not count."""
+    """Of (label, bool Volume) those with a name of ours, by it. Empty ones do not count.
+
+    Of several targets a CTV before a PTV, then the highest dose, which is the last number; of several of an organ the first one."""
     found: dict[str, tuple] = {}
     for label, mask in named:
         name, dose = structure_name(label), int((re.findall(r"\d+", label) or [0])[-1])
-        rank = (label.lower().startswith("ctv"), dose)
+        rank = (label.lower().startswith("ctv"), dose) if name == "ctv" else ()
         if name and mask.any() and (name not in found or rank > found[name][0]):
             found[name] = (rank, mask)
     return {name: mask for name, (_, mask) in found.items()}
@@ -65,4 +81,4 @@ def body_of(ct: xr.DataArray) -> xr.DataArray:
     return like(np.stack([ndimage.binary_fill_holes(s) for s in piece.astype(bool)]), ct, "1")
 
 # %% auto #0
-__all__ = ['NAMES', 'structure_name', 'best_named', 'read_structures', 'body_of']
+__all__ = ['NAMES', 'is_derived', 'structure_name', 'best_named', 'read_structures', 'body_of']

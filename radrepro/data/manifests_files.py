@@ -10,7 +10,9 @@ import os
 import re
 import shutil
 import stat
+import tempfile
 import tomllib
+import unicodedata
 import warnings
 import zipfile
 from collections import Counter
@@ -24,8 +26,8 @@ import pydicom
 from pydicom.filereader import read_partial
 
 # %% auto #0
-__all__ = ['check_relative', 'safe_path', 'unpack', 'read_head', 'sha256', 'walk_files', 'read_table', 'write_checksums',
-           'read_checksums', 'verify', 'write_manifest']
+__all__ = ['OWN_FILES', 'check_relative', 'safe_path', 'unpack', 'read_head', 'sha256', 'walk_files', 'read_table',
+           'write_checksums', 'read_checksums', 'verify', 'write_manifest']
 
 # %% ../../nbs/data/10_manifests_files.ipynb #0c6c758b
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{d}{n}" for d in ("com", "lpt") for n in range(1, 10))}
@@ -110,12 +112,14 @@ def unpack(archive: Path, folder: Path, *, max_bytes: float = 100e9, max_files: 
     if folder.exists():
         raise FileExistsError(f"expected a folder that is not there yet, got {folder.name}: name a new one")
     _check_directory(archive, max_files)
-    partial = folder.with_name(folder.name + ".partial")
+    room = None
     try:
         with zipfile.ZipFile(archive) as zipped:
             _check_members(zipped.infolist(), archive.stat().st_size, max_bytes, max_files, max_ratio)
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            room = Path(tempfile.mkdtemp(prefix=".unpack-", dir=folder.parent))
+            partial = room / "files"  # which others may read as usual: `room` is for the user alone
+            partial.mkdir()
             for member in zipped.infolist():
                 place = safe_path(partial, member.filename.removesuffix("/"))
                 place.mkdir(parents=True, exist_ok=True) if member.is_dir() else _copy_member(zipped, member, place)
@@ -123,7 +127,8 @@ def unpack(archive: Path, folder: Path, *, max_bytes: float = 100e9, max_files: 
     except (zipfile.BadZipFile, zlib_error, EOFError, NotImplementedError, OSError) as e:
         raise ValueError(f"expected a whole zip archive, got {archive.name} ({e}): download it again") from e
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if room:
+            shutil.rmtree(room, ignore_errors=True)
     return folder
 
 # %% ../../nbs/data/10_manifests_files.ipynb #5a705451
@@ -143,7 +148,7 @@ def read_head(path: Path) -> pydicom.Dataset | None:
         return None
 
 # %% ../../nbs/data/10_manifests_files.ipynb #4d255c92
-_OWN_FILES = {"checksums.csv", "manifest.toml", "LICENSE.txt", "CITATION.txt"}
+OWN_FILES = {"checksums.csv", "manifest.toml", "LICENSE.txt", "CITATION.txt"}
 _MAX_FILES, _MAX_LIST_BYTES = 500_000, 200_000_000
 
 
@@ -162,10 +167,10 @@ def walk_files(folder: Path) -> Iterator[tuple[str, Path]]:
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         for name in sorted([*folders, *names]):
             if (Path(place) / name).is_symlink():
-                raise ValueError(f"expected files of their own, got a link named {name[:80]!r}: remove the link")
+                raise ValueError("expected files of their own, got a symbolic link: look for it (find -type l) and remove it")
         for name in sorted(names):
             path = (Path(place) / name).relative_to(folder).as_posix()
-            if path not in _OWN_FILES and not name.startswith("."):
+            if path not in OWN_FILES and not name.startswith("."):
                 count += 1
                 if count > _MAX_FILES:
                     raise ValueError(f"expected at most {_MAX_FILES:,} files, got more: name a folder with less in it")
@@ -229,36 +234,71 @@ def verify(folder: Path) -> dict[str, str]:
 
 # %% ../../nbs/data/10_manifests_files.ipynb #bfc3905c
 _IDENTITY = ("PatientName", "PatientID", "PatientBirthDate", "OtherPatientIDs", "AccessionNumber", "StudyDate", "SeriesDate",
-             "ReferringPhysicianName", "InstitutionName", "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
+             "ReferringPhysicianName", "InstitutionName", "StudyInstanceUID", "SeriesInstanceUID")
 
 
-def _tells_identity(path: str, head: pydicom.Dataset) -> bool:
-    """Whether a path repeats something of its header that identifies the patient."""
-    if head.get("PatientIdentityRemoved") == "YES":
-        return False
-    plain = re.sub(r"[^a-z0-9]+", " ", path.lower())
-    for value in (str(head.get(name, "") or "") for name in _IDENTITY):
-        for word in {value, *re.split(r"[\^\s,=\\]+", value)}:
-            word = re.sub(r"[^a-z0-9]+", " ", word.lower()).strip()
-            if len(word) >= 5 and word.replace(" ", "") in plain.replace(" ", "") or len(word) >= 2 and word in plain.split():
-                return True
+def _plain(text: str) -> str:
+    """`text` in small letters without accents; anything but letters and digits is one blank."""
+    letters = (c for c in unicodedata.normalize("NFKD", text.casefold()) if not unicodedata.combining(c))
+    return re.sub(r"[\W_]+", " ", "".join(letters)).strip()
+
+
+def _identity_words(head: pydicom.Dataset) -> set[str]:
+    """What of a header identifies the patient, whole and word by word, as `_plain`."""
+    values = [str(head.get(name, "") or "") for name in _IDENTITY]
+    return {plain for v in values for word in (v, *re.split(r"[\^\s,=\\]+", v)) if len(plain := _plain(word)) >= 2}
+
+
+def _repeats(path: str, words: set[str], uids: set[str]) -> bool:
+    """Whether a path holds one of `words`, or one of `uids` of images."""
+    if any(digits in uids for digits in re.findall(r"\d+(?:\.\d+)+", path)):
+        return True
+    plain = _plain(path)
+    joined = plain.replace(" ", "")
+    for word in words:
+        whole = word.replace(" ", "")
+        if whole in joined and (len(word) >= 5 or not word.isascii() or re.search(_alone(word), plain)):
+            return True
     return False
+
+
+def _alone(word: str) -> str:
+    """A pattern for a short word that no letter touches, nor a digit where it begins or ends with one."""
+    before, after = (r"[^\W_]" if end.isdigit() else r"[^\W\d_]" for end in (word[0], word[-1]))
+    return f"(?<!{before}){re.escape(word)}(?!{after})"
+
+
+def _listed(file: str, path: str, place: Path) -> tuple[dict, pydicom.Dataset | None]:
+    """(line of `checksums.csv`, header or None) of one file; errors call it `file`."""
+    try:
+        head = read_head(place)
+        modality = str(head.get("Modality", "")) if head is not None else "not DICOM"
+        return {"path": str(check_relative(path)), "bytes": place.stat().st_size, "sha256": sha256(place),
+                "modality": modality if re.fullmatch(r"[A-Z]{2,16}|not DICOM", modality) else "unknown"}, head
+    except OSError as e:
+        wrong = f"a file that can be read, got {type(e).__name__}: check who may read it"
+    except ValueError:  # quotes the path
+        wrong = "a plain relative path that every system can have, got another: rename it"
+    raise ValueError(f"{file}: expected {wrong}")
 
 
 def write_manifest(folder: Path) -> Path:
     """Writes `manifest.toml` (files, bytes, files of each modality) and `checksums.csv` into a clinic's own `folder`.
 
     Of the headers only the modality is written. Returns the path of `manifest.toml`.
-    Raises ValueError for an empty folder, a link, or a path that tells who the patient is."""
-    folder, rows, telling = Path(folder), [], 0
-    for path, place in walk_files(folder):
-        head = read_head(place)
-        modality = str(head.get("Modality", "")) if head is not None else "not DICOM"
-        telling += head is not None and _tells_identity(path, head)
-        rows.append({"path": str(check_relative(path)), "bytes": place.stat().st_size, "sha256": sha256(place),
-                     "modality": modality if re.fullmatch(r"[A-Z]{2,16}|not DICOM", modality) else "unknown"})
+    Raises ValueError for an empty folder, a link, a file that cannot be read or listed, or a path that tells who a patient is."""
+    folder, rows, own_uids, words = Path(folder), [], [], set()
+    for number, (path, place) in enumerate(walk_files(folder), 1):
+        row, head = _listed(f"file {number}", path, place)
+        named = head is not None and head.get("PatientIdentityRemoved") != "YES"
+        words |= _identity_words(head) if named else set()
+        own_uids.append(str(head.get("SOPInstanceUID", "") or "") if named else "")
+        rows.append(row)
+    uids = {*own_uids} - {""}
+    telling = sum(_repeats(row["path"], words, uids) or own != "" and _repeats(row["path"], {_plain(own)}, set())
+                  for row, own in zip(rows, own_uids, strict=True))
     if telling or not rows:
-        raise ValueError(f"expected files whose paths say nothing of a patient, got {telling} of {len(rows)} that repeat their header: "
+        raise ValueError(f"expected files whose paths say nothing of a patient, got {telling} of {len(rows)} that repeat a header: "
                          "de-identify the folder first (ingest), then list the copy")
     write_checksums(folder, pd.DataFrame(rows))
     counts = Counter(row["modality"] for row in rows)

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from logging import getLogger
 from pathlib import Path
@@ -19,8 +19,9 @@ from pydicom.uid import ExplicitVRLittleEndian
 
 from ..core.dicom import open_dicom
 from ..core.dicom_layout import DicomError, DicomWarning
-from .privacy_names import Pseudonyms
-from .privacy_profile import clean
+from .privacy_faces import blur_study
+from .privacy_names import Pseudonyms, order_of_times
+from .privacy_profile import clean, times_of
 from .traces_dicom import MOST_BYTES, read_recording
 
 # %% auto #0
@@ -62,14 +63,16 @@ def _unnamed(path: Path, file: str, kind: str):
 
 # %% ../../nbs/data/16_privacy.ipynb #a314fdc0
 _COLUMNS = ["file", "modality", "written", "why"]
+_TRACES = (".csv", ".vxp")
 
 
-def deidentify(folder: str | Path, out_dir: str | Path, *, secret: str) -> pd.DataFrame:
+def deidentify(folder: str | Path, out_dir: str | Path, *, secret: str, blur_faces: bool = False) -> pd.DataFrame:
     """Copy the DICOM study below `folder` to `out_dir` without what identifies the patient: one row for each file, written or why not.
 
     `out_dir`: must not exist yet, nor lie within `folder`. `secret`: see `new_secret`; the same one gives the same UIDs, pseudonyms
-    and moved dates in every run, so that a later visit joins the first. The rows call a file by its number in `numbered_files`;
-    `written` is the new file. Memory: about four times the largest file.
+    and moved dates in every run, so that a later visit joins the first (times of day become their order, day by day).
+    `blur_faces`: see `privacy_faces.blur_study`. The rows call a file by its number in `numbered_files`; `written` is the new file.
+    Memory: about four times the largest file.
     One DicomWarning says how many files were left out. Raises DicomError where no file could be written. Source: DICOM PS3.15, Annex E."""
     names, out_dir = Pseudonyms(secret), Path(out_dir)
     paths = numbered_files(folder)
@@ -79,15 +82,18 @@ def deidentify(folder: str | Path, out_dir: str | Path, *, secret: str) -> pd.Da
     partial = Path(tempfile.mkdtemp(prefix="deidentify-", dir=out_dir.parent))
     rows, counts = [], {}
     try:
+        times = order_of_times(_times(paths))
         for number, path in enumerate(paths, 1):
             try:
-                rows.append((f"file {number}", *_copy(path, partial, names, f"file {number}", counts), ""))
+                rows.append((f"file {number}", *_copy(path, partial, names, times, f"file {number}", counts), ""))
             except DicomError as e:
                 rows.append((f"file {number}", "", "", str(e).removeprefix(f"file {number}: ")))
         table = pd.DataFrame(rows, columns=_COLUMNS)
         if not counts:
             why = f" ({rows[0][0]}: {rows[0][3]})" if rows else ""
             raise DicomError(f"the study: expected a file that can be cleaned, got none among {len(paths)}{why}: check the path")
+        for path, why in (blur_study(partial) if blur_faces else {}).items():
+            table.loc[table["written"] == path.relative_to(partial).as_posix(), ["written", "why"]] = "", why
         partial.rename(out_dir)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -99,10 +105,18 @@ def deidentify(folder: str | Path, out_dir: str | Path, *, secret: str) -> pd.Da
     return table
 
 
-def _copy(path: Path, folder: Path, names: Pseudonyms, file: str, counts: dict[str, int]) -> tuple[str, str]:
+def _times(paths: list[Path]) -> set[tuple[str, str, str]]:
+    """(patient, day, time) of all DICOM files; what cannot be read gives none: the copy says why."""
+    found = set()
+    for path in (p for p in paths if p.suffix.lower() not in _TRACES):
+        with suppress(DicomError), _unnamed(path, "", "a DICOM file"):
+            found.update(times_of(open_dicom(path), file="").values())
+    return found
+
+
+def _copy(path: Path, folder: Path, names: Pseudonyms, times: dict, file: str, counts: dict[str, int]) -> tuple[str, str]:
     """(Modality, path below `folder`) of the cleaned copy of one file."""
-    ending = path.suffix.lower()
-    modality, series, data = _trace(path, file) if ending in (".csv", ".vxp") else _dicom(path, names, file)
+    modality, series, data = _trace(path, file) if path.suffix.lower() in _TRACES else _dicom(path, names, times, file)
     counts[series] = counts.get(series, 0) + 1
     written = Path(series, f"{counts[series]:05d}{'.csv' if modality == 'trace' else '.dcm'}")
     (folder / series).mkdir(exist_ok=True)
@@ -110,9 +124,9 @@ def _copy(path: Path, folder: Path, names: Pseudonyms, file: str, counts: dict[s
     return modality, written.as_posix()
 
 
-def _dicom(path: Path, names: Pseudonyms, file: str) -> tuple[str, str, bytes]:
+def _dicom(path: Path, names: Pseudonyms, times: dict, file: str) -> tuple[str, str, bytes]:
     with _unnamed(path, file, "a DICOM file that can be cleaned"):
-        new = clean(open_dicom(path, pixels=True), names, file=file)
+        new = clean(open_dicom(path, pixels=True), names, file=file, times=times)
         new.file_meta = FileMetaDataset()
         new.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
         modality, stream = new.get("Modality") or "other", BytesIO()

@@ -3,15 +3,26 @@
 # %% ../../nbs/data/16_privacy_faces.ipynb #85e9ab30
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
+
 import numpy as np
+import pydicom
 import xarray as xr
+from pydicom.uid import CTImageStorage, RTDoseStorage, RTStructureSetStorage
 from scipy import ndimage
 
-from ..core.volume import AXES, check, like, spacing_mm
+from ..core.dicom import element, items, pixel_values
+from ..core.dicom_ct import read_ct
+from ..core.dicom_layout import DicomError, DicomWarning, refusal
+from ..core.dicom_rt import Dose, frame_id, read_dose
+from ..core.dicom_series import Series, find_series
+from ..core.dicom_structures import read_structures
+from ..core.volume import AXES, check, like, resample, spacing_mm
 from .headneck_masks import body_of
 
 # %% auto #0
-__all__ = ['blur_face']
+__all__ = ['TREATED', 'blur_face', 'blur_study']
 
 # %% ../../nbs/data/16_privacy_faces.ipynb #cfe216fb
 def blur_face(ct: xr.DataArray, keep: xr.DataArray, *, sigma_mm: float = 8.0, depth_mm: float = 25.0, outside_mm: float = 15.0,
@@ -40,3 +51,97 @@ def blur_face(ct: xr.DataArray, keep: xr.DataArray, *, sigma_mm: float = 8.0, de
         raise ValueError("expected skin in front that is not kept, got none: pass the treated volume as keep, not the body")
     blurred = ndimage.gaussian_filter(ct.values.astype(np.float32), [sigma_mm / s for s in step], mode="nearest")
     return like(np.where(band, blurred, ct.values).astype(ct.dtype), ct)
+
+# %% ../../nbs/data/16_privacy_faces.ipynb #d1215c34
+TREATED = 0.5
+_TARGETS = ("ctv", "gtv", "ptv", "itv")
+_SKIN = ("body", "external", "skin", "patient")
+_SAID = "Face blurred outside of what is treated, else pixels as they were"
+
+
+def _kept(ct: xr.DataArray, frame: str, doses: list[Dose], sets: list[Path]) -> xr.DataArray:
+    """What is treated, on the grid of a CT in frame `frame`."""
+    out = np.zeros(ct.shape, bool)
+    for dose in (d for d in doses if d.frame == frame and float(d.dose_gy.max()) > 0):
+        out |= resample(dose.dose_gy, ct, fill=0.0).values >= TREATED * float(dose.dose_gy.max())
+    for path in sets:
+        try:
+            masks = read_structures(path, ct, frame=frame)
+        except DicomError:  # drawn in another frame
+            continue
+        for name in (n for n in masks if n.strip().lower().startswith(_TARGETS)):
+            out |= masks[name].values
+    return like(out, ct, "1")
+
+
+def _put_back(path: Path, before: xr.DataArray, after: xr.DataArray) -> None:
+    """Write what `after` changed of `before` (HU) into the slice at `path`; other pixels keep their stored numbers."""
+    ds = pydicom.dcmread(path)
+    numbers = lambda keyword, n, default=None: np.array(element(ds, keyword, n=n, file=path, default=default), float)
+    across, down = numbers("ImageOrientationPatient", 6).reshape(2, 3)
+    (down_mm, across_mm), stored = numbers("PixelSpacing", 2), pixel_values(ds, file=path)
+    bits, high, signed = (element(ds, k, int, file=path) for k in ("BitsStored", "HighBit", "PixelRepresentation"))
+    if stored.ndim != 2 or high != bits - 1:
+        raise refusal(path, "HighBit", "one slice of numbers without bits above or below them", "another kind", "its face cannot be blurred")
+    r, c = np.indices(stored.shape)
+    at_mm = numbers("ImagePositionPatient", 3) + r[..., None] * down * down_mm + c[..., None] * across * across_mm
+    index = [(at_mm[..., "xyz".index(a)] - float(before[a][0])) / s for a, s in zip(AXES, spacing_mm(before))]
+    whole = tuple(np.rint(k).astype(int) for k in index)
+    if max(abs(k - w).max() for k, w in zip(index, whole)) > 0.05:
+        raise refusal(path, "ImageOrientationPatient", "an upright slice", "a tilted one", "its face cannot be blurred")
+    hu, changed = after.values[whole], (after.values != before.values)[whole]
+    slope, intercept = float(numbers("RescaleSlope", 1, 1.0)), float(numbers("RescaleIntercept", 1, 0.0))
+    low = -(2 ** (bits - 1)) if signed else 0
+    new = np.clip(np.rint((hu - intercept) / slope), low, low + 2**bits - 1)
+    ds.PixelData = np.where(changed, new, stored).astype(stored.dtype).tobytes()
+    ds.DeidentificationMethod = [*list(ds.DeidentificationMethod)[:-1], _SAID]
+    ds.save_as(path, enforce_file_format=True)
+
+
+def _blur_series(series: Series, doses: list[Dose], sets: list[Path]) -> None:
+    if series.kind != CTImageStorage.name:
+        raise DicomError("only a CT of one file for each slice can be blurred")
+    paths = [source.path for source in series.layouts]
+    before = read_ct(paths)
+    after = blur_face(before, _kept(before, frame_id(series.frame_uid), doses, sets))
+    for path in paths:
+        _put_back(path, before, after)
+
+
+def _without_skin(path: Path) -> None:
+    """Take the contours of the body out of the structure set at `path`."""
+    ds = pydicom.dcmread(path)
+    some = lambda keyword: items(ds, keyword, file=path, default=[])
+    text = lambda item, keyword: element(item, keyword, str, file=path, default="").strip().lower()
+    number = lambda item, keyword: element(item, keyword, int, file=path, default=-1)
+    skin = {number(s, "ROINumber") for s in some("StructureSetROISequence") if text(s, "ROIName") in _SKIN}
+    skin |= {number(o, "ReferencedROINumber") for o in some("RTROIObservationsSequence") if text(o, "RTROIInterpretedType") == "external"}
+    for contour in (c for c in some("ROIContourSequence") if number(c, "ReferencedROINumber") in skin and "ContourSequence" in c):
+        del contour.ContourSequence
+    ds.save_as(path, enforce_file_format=True)
+
+
+def blur_study(folder: str | Path) -> dict[Path, str]:
+    """Blur the faces in a study that `deidentify` wrote, in place: {file that had to be removed: why}.
+
+    Every CT is blurred by `blur_face` outside of what doses (`TREATED` of the maximum and more) and targets in its frame say is treated;
+    contours of the body are taken out of structure sets. Scouts, kV images and registrations stay as they are."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DicomWarning)  # remarks about files are for who reads them
+        return _blur_study(find_series(folder).series)
+
+
+def _blur_study(found: list[Series]) -> dict[Path, str]:
+    removed = {}
+    of = lambda sop: [source.path for series in found if series.kind == sop.name for source in series.layouts]
+    doses, sets = [read_dose(path) for path in of(RTDoseStorage)], of(RTStructureSetStorage)
+    for series in (s for s in found if s.modality == "CT" and s.kind != "localizer"):
+        try:
+            _blur_series(series, doses, sets)
+        except ValueError as e:  # DicomError is one
+            for source in series.layouts:
+                removed[source.path] = f"expected a CT whose face can be blurred, got another: {e}"
+                source.path.unlink()
+    for path in sets:
+        _without_skin(path)
+    return removed

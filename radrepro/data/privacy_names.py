@@ -7,13 +7,16 @@ import hmac
 import re
 import secrets
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
-from .headneck_masks import structure_name
+from .headneck_masks import is_derived, structure_name
+from .thorax import bucket_of
 
 # %% auto #0
-__all__ = ['TARGET_WORDS', 'SIDE_WORDS', 'STRUCTURE_WORDS', 'new_secret', 'Pseudonyms', 'known_name']
+__all__ = ['TARGET_WORDS', 'SIDE_WORDS', 'STRUCTURE_WORDS', 'OUTLINE_WORDS', 'new_secret', 'Pseudonyms', 'order_of_times',
+           'known_name']
 
 # %% ../../nbs/data/16_privacy_names.ipynb #bc7330fa
 def new_secret() -> str:
@@ -55,6 +58,23 @@ class Pseudonyms:
         except (ValueError, OverflowError):
             return ""
 
+
+def order_of_times(found: Iterable[tuple[str, str, str]]) -> dict[tuple[str, str, str], str]:
+    """By each (patient, day, time HHMMSS) of `found` the time to write instead: 000000 for the first of that day, 000100 for the next ...
+
+    Equal times stay equal, and '' is no time: it is left out. Seconds count on instead of minutes where a day has more than 1440 times.
+    The order is all that is left of the times, and it is one of this call: another call knows nothing of these files."""
+    days: dict[tuple[str, str], set[str]] = {}
+    for patient, day, time in (key for key in found if key[2]):
+        days.setdefault((patient, day), set()).add(time)
+    ranks = {}
+    for key, times in days.items():
+        step_s = 60 if len(times) <= 1440 else 1
+        for place, time in enumerate(sorted(times)):
+            second = place * step_s
+            ranks[(*key, time)] = f"{second // 3600:02d}{second // 60 % 60:02d}{second % 60:02d}"
+    return ranks
+
 # %% ../../nbs/data/16_privacy_names.ipynb #f5340963
 TARGET_WORDS = frozenset("gtv ctv itv ptv".split())
 SIDE_WORDS = frozenset("left right l r lt rt upper lower inferior superior lobe".split())
@@ -63,11 +83,21 @@ STRUCTURE_WORDS = TARGET_WORDS | frozenset("""
     trachea bronchus bronchi airway bone bones vertebra vertebrae rib ribs sternum clavicula scapula humerus sacrum brainstem brain
     oral cavity mandible parotid parotids body external skin couch liver kidney spleen stomach larynx pharynx chiasm eye cochlea
     submandibular thyroid lips""".split())
+OUTLINE_WORDS = frozenset("body external skin".split())  # alone, each is the outline of the patient
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
 
 
+def _read_alike(name: str, label: str) -> bool:
+    """Whether nobody in the library takes `name` for something that `label` is not taken for."""
+    spaced = re.sub(r"[\W_]+", "_", label)
+    return (structure_name(name) in (None, structure_name(label)) and bucket_of(name) in (0, bucket_of(label), bucket_of(spaced))
+            and (name not in OUTLINE_WORDS or label.strip().lower() == name))
+
+
 def known_name(label: str) -> str:
-    """The known words of a structure's name, joined by "_"; '' where they name no structure."""
+    """The known words of a structure's name, joined by "_"; '' where they name no structure, or another one than the whole name."""
+    if is_derived(label):
+        return ""
     words, target = [], False
     for found in _WORD.findall(label[:64]):
         word = found.lower()
@@ -75,4 +105,5 @@ def known_name(label: str) -> str:
         level = target and word.isdigit() and str(int(word)) == word and int(word) < 10_000 and not 1900 <= int(word) < 2100
         if level or word in STRUCTURE_WORDS | SIDE_WORDS:
             words.append(word)
-    return "_".join(words) if STRUCTURE_WORDS.intersection(words) else structure_name(label) or ""
+    name = "_".join(words) if STRUCTURE_WORDS.intersection(words) else structure_name(label) or ""
+    return name if _read_alike(name, label) else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Mapping
 
 import numpy as np
 import pydicom
@@ -17,8 +18,8 @@ from ..core.dicom_layout import refusal
 from .privacy_names import Pseudonyms, known_name
 
 # %% auto #0
-__all__ = ['CLASSES', 'KEPT', 'EMPTIED', 'MAY_BE_EMPTY', 'REPLACED', 'WORDS', 'ALLOWED', 'CODES', 'METHOD', 'OPTIONS',
-           'refuse_text_in_pixels', 'identity_of', 'clean']
+__all__ = ['CLASSES', 'KEPT', 'EMPTIED', 'MAY_BE_EMPTY', 'REPLACED', 'WORDS', 'TIMES', 'ALLOWED', 'DESCRIBES', 'DECIDES', 'CODES',
+           'METHOD', 'OPTIONS', 'refuse_text_in_pixels', 'identity_of', 'times_of', 'clean']
 
 # %% ../../nbs/data/16_privacy_profile.ipynb #0371da36
 CLASSES = (
@@ -103,7 +104,7 @@ KEPT = frozenset("""
     ChannelSensitivityCorrectionFactor ChannelBaseline ChannelTimeSkew ChannelSampleSkew WaveformBitsStored WaveformBitsAllocated
     WaveformSampleInterpretation""".split())
 EMPTIED = frozenset("""
-    StudyTime StructureSetTime RTPlanTime AccessionNumber ReferringPhysicianName PatientBirthDate PatientSex StudyID
+    StudyTime AccessionNumber ReferringPhysicianName PatientBirthDate PatientSex StudyID
     Manufacturer OperatorsName PositionReferenceIndicator TreatmentMachineName RadiationMachineName ROIInterpreter
     MaterialID ContentDescription ContentCreatorName ContrastBolusAgent RegistrationTypeCodeSequence AcquisitionContextSequence
     SourceIsotopeName""".split())
@@ -113,14 +114,14 @@ MAY_BE_EMPTY = frozenset("""
     ReportedValuesOrigin KVP SeriesNumber AcquisitionNumber InstanceNumber""".split())
 REPLACED = {
     "StructureSetLabel": "structures", "RTPlanLabel": "plan", "RTImageLabel": "image", "ContentLabel": "REGISTRATION",
-    "ContentTime": "000000",
     "ApprovalStatus": "UNAPPROVED", "ScanSpotTuneID": "removed", "RangeShifterID": "removed", "RangeShifterSetting": "removed",
     "StackID": "1", "FrameLaterality": "U"}
 WORDS = frozenset("""
     CT RTSTRUCT RTPLAN RTDOSE RTIMAGE REG RESP DX CR ORIGINAL DERIVED PRIMARY SECONDARY AXIAL LOCALIZER VOLUME NONE MPR RESAMPLED AVERAGE
     MAX MIN MIXED PORTAL RADIOGRAPH DRR SIMULATOR FLUENCE BLANK COLOR MONOCHROME DISTORTED SAMPLED MONOCHROME1 MONOCHROME2 HU US UNSPECIFIED
-    YES NO 00 01 ISO_10918_1 ISO_14495_1 ISO_15444_1 IDENTITY INVERSE
-    HFS HFP HFDR HFDL FFS FFP FFDR FFDL POINT OPEN_PLANAR OPEN_NONPLANAR CLOSED_PLANAR CLOSEDPLANAR_XOR AUTOMATIC SEMIAUTOMATIC MANUAL
+    MGML ED EDW HU_MOD Z_EFF PCT OD YES NO 00 01 ISO_10918_1 ISO_14495_1 ISO_15444_1 IDENTITY INVERSE
+    HFS HFP HFDR HFDL FFS FFP FFDR FFDL LFP LFS RFP RFS AFDR AFDL PFDR PFDL SITTING
+    POINT OPEN_PLANAR OPEN_NONPLANAR CLOSED_PLANAR CLOSEDPLANAR_XOR AUTOMATIC SEMIAUTOMATIC MANUAL
     EXTERNAL PTV CTV GTV TREATED_VOLUME IRRAD_VOLUME BOLUS AVOIDANCE ORGAN MARKER REGISTRATION ISOCENTER CONTRAST_AGENT CAVITY SUPPORT
     FIXATION DOSE_REGION CONTROL DOSE_MEASUREMENT REL_MASS_DENSITY REL_ELEC_DENSITY EFFECTIVE_Z EFF_Z_PER_A REL_STOP_RATIO MEAN_EXCI_ENERGY
     RIGID RIGID_SCALE AFFINE GY RELATIVE PHYSICAL EFFECTIVE ERROR PLAN MULTI_PLAN PLAN_OVERVIEW FRACTION BEAM BRACHY FRACTION_SESSION
@@ -131,7 +132,17 @@ WORDS = frozenset("""
     NORMAL NON_NORMAL OPERATOR ACTUAL DI SYN WSD LIN LOG DISP AP PA LL RL LLD LLO RLD RLO PRESENTATION PROCESSING DIRECT SCINTILLATOR
     STORAGE
     FILM L R U B SB UB SS HEAD HEADNECK NECK BRAIN CHEST THORAX LUNG BREAST HEART ABDOMEN LIVER PELVIS PROSTATE SPINE WHOLEBODY""".split())
-ALLOWED = frozenset(tag_for_keyword(keyword) for keyword in KEPT | EMPTIED | REPLACED.keys())
+TIMES = {f"{name}Time": f"{name}Date" for name in ("Acquisition", "Content", "Series", "StructureSet", "RTPlan")}  # each with its day
+ALLOWED = frozenset(tag_for_keyword(keyword) for keyword in KEPT | EMPTIED | REPLACED.keys() | TIMES.keys())
+DESCRIBES = frozenset("""
+    KVP SeriesNumber AcquisitionNumber InstanceNumber LossyImageCompressionRatio WindowCenter WindowWidth SliceLocation ROIDisplayColor
+    ROIVolume XRayTubeCurrent ExposureTime MetersetExposure""".split())
+DECIDES = {  # by the class of the object, or by the sequence that the words are in
+    uid.CTImageStorage: "RescaleType PatientPosition", uid.EnhancedCTImageStorage: "PatientPosition",
+    uid.LegacyConvertedEnhancedCTImageStorage: "PatientPosition", "PixelValueTransformationSequence": "RescaleType",
+    uid.RTImageStorage: "RTImagePlane PatientPosition", uid.RTDoseStorage: "DoseUnits DoseType DoseSummationType",
+    "PatientSetupSequence": "PatientPosition", "BeamSequence": "TreatmentDeliveryType RadiationType",
+    "IonBeamSequence": "TreatmentDeliveryType RadiationType", "MatrixSequence": "FrameOfReferenceTransformationMatrixType"}
 
 # %% ../../nbs/data/16_privacy_profile.ipynb #4ac93a1a
 CODES = {("mm", "UCUM"): "millimeter", ("cm", "UCUM"): "centimeter", ("m", "UCUM"): "meter", ("um", "UCUM"): "micrometer",
@@ -140,6 +151,7 @@ _SOURCE = ("109113", "DCM", "Respiration Waveform")
 _DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _ORIENTATION = re.compile(r"[LRAPHF]{1,3}")
 _NUMBERS = ("US", "SS", "UL", "SL", "UV", "SV", "FL", "FD", "AT", "OF", "OD")
+_LEAVE_OUT = "it is left out, as without the value it would be read as something else; correct it with a DICOM editor"
 
 
 class _Cleaner:
@@ -148,10 +160,13 @@ class _Cleaner:
     def __init__(self, names: Pseudonyms, identity: str, file: str):
         self.names, self.identity, self.file = names, identity, file
 
-    def clean(self, ds: pydicom.Dataset) -> pydicom.Dataset:
+    def clean(self, ds: pydicom.Dataset, place: str) -> pydicom.Dataset:
+        """What may stay of `ds`, without its `TIMES`. `place`: the class of the object, or the sequence that `ds` is an item of."""
         out = pydicom.Dataset()
         for tag in sorted(set(ds.keys()) & ALLOWED):
             keyword, vr = keyword_for_tag(tag), dictionary_VR(tag)
+            if keyword in TIMES:
+                continue
             if keyword in EMPTIED:
                 out.add(DataElement(tag, vr, [] if vr == "SQ" else ""))
             elif keyword in REPLACED:
@@ -160,7 +175,7 @@ class _Cleaner:
                 found = self._items(ds, keyword)
                 if found or not ds[tag].value:
                     out.add(DataElement(tag, "SQ", found))
-            elif (value := self._value(ds, tag, keyword, vr)) is not None:
+            elif (value := self._value(ds, place, tag, keyword, vr)) is not None:
                 out.add(DataElement(tag, *value, validation_mode=pydicom.config.IGNORE))
         return out
 
@@ -171,15 +186,15 @@ class _Cleaner:
         if keyword == "ChannelSensitivityUnitsSequence":
             keys = [tuple(element(i, k, str, file=self.file, default="") for k in ("CodeValue", "CodingSchemeDesignator")) for i in found]
             return [_code(*key, CODES[key]) for key in keys if key in CODES]
-        cleaned = [self.clean(i) for i in found]
+        cleaned = [self.clean(i, keyword) for i in found]
         if keyword == "WaveformSequence":
             for group, new in zip(found, cleaned):
                 self._samples(ds, group, new)
         # a reference to a class that the standard does not know is none
         return [i for i in cleaned if "ReferencedSOPInstanceUID" not in i or "ReferencedSOPClassUID" in i]
 
-    def _value(self, ds: pydicom.Dataset, tag: int, keyword: str, vr: str):
-        """(VR, new value) of an element, None where nothing of it may stay."""
+    def _value(self, ds: pydicom.Dataset, place: str, tag: int, keyword: str, vr: str):
+        """(VR, new value) of an element, None where nothing of it may stay. Raises DicomError where something would be read instead."""
         if vr.split()[0] in _NUMBERS:
             e = ds[tag]
             if e.VR not in vr:
@@ -197,8 +212,12 @@ class _Cleaner:
             new = [self.names.date(v, self.identity) for v in values]
         elif vr in ("DS", "IS"):
             new = list(values) if all(_DECIMAL.fullmatch(v) for v in values) else []
+            if len(new) < len(values) and keyword not in DESCRIBES:
+                raise refusal(self.file, tag, "decimal numbers", "something else", _LEAVE_OUT)
         else:  # words: CS, and the LO of RescaleType
             new = [v for v in values if v in WORDS or (keyword == "PatientOrientation" and _ORIENTATION.fullmatch(v))]
+            if len(new) < len(values) and keyword in DECIDES.get(place, "").split():
+                raise refusal(self.file, tag, "a word of the standard", "another one", _LEAVE_OUT)
         if not any(new) and any(values) and keyword not in MAY_BE_EMPTY:
             return None
         return vr, new if len(new) != 1 else new[0]
@@ -249,7 +268,7 @@ def _pixels(ds: pydicom.Dataset, out: pydicom.Dataset, file: str) -> None:
 
 # %% ../../nbs/data/16_privacy_profile.ipynb #53d621be
 METHOD = ("radrepro: PS3.15 basic profile, by an allow list", "Texts removed or from a fixed vocabulary",
-          "Dates moved, times of day removed", "Pixels and faces not cleaned")
+          "Dates moved, times of day replaced by their order", "Pixels and faces not cleaned")
 OPTIONS = (("113100", "Basic Application Confidentiality Profile"), ("113105", "Clean Descriptors Option"),
            ("113107", "Retain Longitudinal Temporal Information Modified Dates Option"))
 
@@ -263,18 +282,31 @@ def identity_of(ds: pydicom.Dataset, *, file: str) -> str:
     raise refusal(file, "PatientID", "a patient's number or name to make a pseudonym of", "neither", "give every file the patient's number")
 
 
-def clean(ds: pydicom.Dataset, names: Pseudonyms, *, file: str) -> pydicom.Dataset:
+def times_of(ds: pydicom.Dataset, *, file: str) -> dict[str, tuple[str, str, str]]:
+    """By each of the `TIMES` in `ds` its (patient, day, time), for `order_of_times`; digits as they lie there, '' for none.
+
+    A time counts to the second, as `study` reads it. Raises DicomError as `identity_of`, and where a date or time is damaged."""
+    digits = lambda keyword: re.sub(r"\D", "", next(iter(element(ds, keyword, str, None, file=file, default=())), ""))
+    return {time: (identity_of(ds, file=file), digits(day), digits(time)[:6]) for time, day in TIMES.items() if time in ds}
+
+
+def clean(ds: pydicom.Dataset, names: Pseudonyms, *, file: str, times: Mapping[tuple[str, str, str], str] | None = None) -> pydicom.Dataset:
     """A new data set with what may stay of `ds` (opened by `open_dicom` with its pixels), for Explicit VR Little Endian.
 
-    `file`: how errors call the file. Raises DicomError for what cannot be cleaned, see `refuse_text_in_pixels`; warns of nothing.
+    `file`: how errors call the file. `times`: what `order_of_times` made of all files' `times_of`; a time that is not in it becomes
+    empty. Raises DicomError for what cannot be cleaned, see `refuse_text_in_pixels` and `DECIDES`; warns of nothing.
     Source: DICOM PS3.15, Annex E."""
     refuse_text_in_pixels(ds, file=file)
     identity = identity_of(ds, file=file)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pydicom's quote values
-        out = _Cleaner(names, identity, file).clean(ds)
+        out = _Cleaner(names, identity, file).clean(ds, element(ds, "SOPClassUID", str, file=file))
+        for keyword, time in times_of(ds, file=file).items():
+            setattr(out, keyword, (times or {}).get(time, ""))
         if "PixelData" in ds:
             _pixels(ds, out, file)
+    if element(ds, "Manufacturer", str, None, file=file, default=()) == ("radrepro",):
+        out.Manufacturer = "radrepro"  # what was made here must not be read as measured, in a copy either
     out.PatientName = out.PatientID = names.patient(identity)
     out.PatientIdentityRemoved, out.LongitudinalTemporalInformationModified = "YES", "MODIFIED"
     out.DeidentificationMethod = list(METHOD)

@@ -17,14 +17,15 @@ from ..core.dicom_kv import KVImage, minus_log, read_kv
 from ..core.dicom_layout import DicomError, layout
 from ..core.dicom_rt import Dose, Plan, Registration, read_dose, read_plan, read_registration
 from ..core.dicom_structures import read_structures
-from .study_objects import Item, choose_planning, cts_of, find_items, frames_to
+from .study_objects import Item, believed, choose_planning, ct_of_kv, cts_of, find_items, frames_to, structures_of
 from .traces_dicom import MOST_BYTES, read_recording
 
 # %% auto #0
-__all__ = ['COLUMNS', 'StudyCT', 'Study', 'study_table', 'attenuation', 'pair_views', 'ct_of_kv', 'structures_of', 'read_study']
+__all__ = ['COLUMNS', 'StudyCT', 'Study', 'study_table', 'attenuation', 'pair_views', 'read_study']
 
 # %% ../../nbs/data/17_study.ipynb #4f824654
 _KVPair = tuple[KVImage, KVImage]
+_Point = tuple[float, float, float]  # x, y, z in mm
 
 
 class StudyCT(NamedTuple):
@@ -42,7 +43,8 @@ class StudyCT(NamedTuple):
 
 
 class Study(NamedTuple):
-    """What was read. `cts`: the planning CT first, then the others by day. `isocentre_mm`: LPS, in the planning CT's frame, or None.
+    """What was read. `cts`: the planning CT first, then the others by day. `isocentre_mm`: LPS, in the planning CT's frame, the plan's
+    or else that of the kV pairs, or None.
 
     `kvs`: kV pairs of days without a CT. `rows`: for `study_table`. `files`: which file the digits in a message stand for; in memory
     only, since names of files may name the patient."""
@@ -50,7 +52,7 @@ class Study(NamedTuple):
     cts: tuple[StudyCT, ...]
     dose: Dose | None
     plan: Plan | None
-    isocentre_mm: tuple[float, float, float] | None
+    isocentre_mm: _Point | None
     kvs: tuple[_KVPair, ...]
     traces: tuple[xr.DataArray, ...]
     rows: tuple[tuple, ...]
@@ -95,32 +97,10 @@ def pair_views(images: list[KVImage]) -> tuple[list[_KVPair], list[int]]:
                 single = [k for k in single if k not in (i, j)]
     return pairs, single
 
-# %% ../../nbs/data/17_study.ipynb #3fb70354
-def ct_of_kv(kv: Item, cts: list[Item]) -> tuple[Item | None, str]:
-    """(the CT that a kV image was taken with, why); None where it is of a day without one. `cts`: the planning CT first."""
-    if kv.when[0] and all(c.when[0] for c in cts):
-        same = [c for c in cts if c.when[0] == kv.when[0]]
-        return (same[0], "the day of") if len(same) == 1 else (None, "a day without a CT" if not same else "a day with several CTs")
-    for name, why in (("frame", "the frame of"), ("study", "the DICOM study of")):
-        same = [c for c in cts if getattr(c, name) and getattr(c, name) == getattr(kv, name)]
-        if len(same) == 1:
-            return same[0], why
-    return None, "neither its day, its frame nor its DICOM study is that of one CT"
-
-
-def structures_of(ct: Item, cts: list[Item], sets: list[Item], plans: list[Item]) -> list[Item]:
-    """The structure sets of `ct`, the one to use first. `cts`: the planning CT first.
-
-    Raises DicomError where nothing decides between several."""
-    ids = {c.id for c in cts}
-    mine = [s for s in sets if ct in (cts_of(s, cts) if s.refers & ids else cts_of(s, cts)[:1])]
-    planned = {r for p in plans for r in p.refers}
-    mine.sort(key=lambda s: (s.id in planned, s.when), reverse=True)
-    if len(mine) > 1 and (mine[0].id in planned, mine[0].when) == (mine[1].id in planned, mine[1].when):
-        raise DicomError("expected one structure set, a date, or a plan that names one, got several alike: leave one in the folder")
-    return mine
-
 # %% ../../nbs/data/17_study.ipynb #3a57d25d
+_NOWHERE = "neither a plan nor a kV image says where the isocentre is, the head decides: export the plan"
+
+
 class _Reading:
     """The state of one reading: the folder's items, what they became, a row about each."""
 
@@ -148,9 +128,25 @@ def _weeks(since: Item, ct: Item, place: int) -> int:
         return place
 
 
-def _registrations(r: _Reading) -> list[Registration]:
-    found = [(thing, r.read(thing, "registration between two frames", read_registration, thing.paths[0])) for thing in r.of("REG")]
-    return [registration for _, registration in found if registration is not None]
+def _registrations(r: _Reading) -> list[tuple[Item, Registration, str]]:
+    """(object, what it says, remarks) of those that can be read; `_say_registrations` tells later which of them are believed."""
+    found = []
+    for thing in r.of("REG"):
+        registration, said = r.names.attempt(read_registration, thing.paths[0])
+        if registration is None:
+            r.say(thing, "refused", said)
+        else:
+            found.append((thing, registration, said))
+    return found
+
+
+def _say_registrations(r: _Reading, found: list[tuple[Item, Registration, str]], planning: Item) -> None:
+    good = believed([registration for _, registration, _ in found], planning.frame)
+    for thing, registration, said in found:
+        if any(registration is g for g in good):
+            r.say(thing, "used", "; remark: ".join(filter(None, ("registration between two frames", said))))
+        else:
+            r.say(thing, "refused", "it contradicts another registration, or leads to a frame about which two others do: leave one of them")
 
 
 def _further_cts(r: _Reading, planning: Item, to_planning: dict[str, np.ndarray]) -> list[Item]:
@@ -167,7 +163,13 @@ def _further_cts(r: _Reading, planning: Item, to_planning: dict[str, np.ndarray]
     return kept[1:]
 
 
-def _structures(r: _Reading, ct: Item, cts: list[Item], volume: xr.DataArray, registrations: list[Registration]) -> dict:
+def _between(source: str, target: str, to_planning: dict[str, np.ndarray]) -> Registration | None:
+    if not {source, target} <= set(to_planning):
+        return None
+    return Registration(np.linalg.inv(to_planning[target]) @ to_planning[source], source, target)
+
+
+def _structures(r: _Reading, ct: Item, cts: list[Item], volume: xr.DataArray, to_planning: dict[str, np.ndarray]) -> dict:
     free = [s for s in r.of("RTSTRUCT") if not cts_of(s, r.of("CT"))] if ct is cts[0] else []
     try:
         mine = structures_of(ct, cts, r.of("RTSTRUCT"), r.of("RTPLAN"))
@@ -180,9 +182,15 @@ def _structures(r: _Reading, ct: Item, cts: list[Item], volume: xr.DataArray, re
         if masks:
             r.say(s, "ignored", f"CT {ct.id} has another structure set, of the plan or newer")
             continue
-        direct = next((g for g in registrations if {g.source, g.target} == {s.frame, ct.frame}), None)
-        masks = r.read(s, f"structures of CT {ct.id}", read_structures, s.paths[0], volume, frame=ct.frame, registration=direct) or {}
+        way = _between(s.frame, ct.frame, to_planning)
+        masks = r.read(s, f"structures of CT {ct.id}", read_structures, s.paths[0], volume, frame=ct.frame, registration=way) or {}
     return masks
+
+
+def _of_another_plan(dose: Item, used: list[Item], plans: list[Item]) -> bool:
+    """Whether a dose names plans, and none is the one that is used; where none is, one of `plans`, which are all."""
+    used, named = {p.id for p in used}, dose.refers - {""}
+    return bool(named) and not named & used and bool(used or named & {p.id for p in plans})
 
 
 def _plan_and_dose(r: _Reading, planning: Item) -> tuple[Plan | None, Dose | None]:
@@ -201,6 +209,9 @@ def _plan_and_dose(r: _Reading, planning: Item) -> tuple[Plan | None, Dose | Non
     plan = next((got for p in plans[:1] if (got := r.read(p, "plan", read_plan, p.paths[0]))), None)
     for p in plans[1:]:
         r.say(p, "ignored", f"plan {plans[0].id} has a dose, or is newer")
+    for d in (d for d in doses if _of_another_plan(d, plans[:1], r.of("RTPLAN"))):
+        r.say(d, "ignored", "of another plan than the one that is used")
+    doses = [d for d in doses if not _of_another_plan(d, plans[:1], r.of("RTPLAN"))]
     doses.sort(key=lambda d: any(p.id in d.refers for p in plans[:1]), reverse=True)
     read = [(d, *r.names.attempt(read_dose, d.paths[0])) for d in doses]
     whole = next((d for d, got, _ in read if got and got.summation in ("PLAN", "MULTI_PLAN", "PLAN_OVERVIEW")), None)
@@ -210,8 +221,21 @@ def _plan_and_dose(r: _Reading, planning: Item) -> tuple[Plan | None, Dose | Non
     return plan, next((got for d, got, _ in read if d is whole), None)
 
 
-def _kv_pairs(r: _Reading, cts: list[Item], position: str | None) -> dict[str, tuple[_KVPair, ...]]:
-    """By the digits of a CT, or '' for none: pairs in the order taken."""
+def _isocentre_of(thing: Item, kv: KVImage, ct: Item | None, to_planning: dict[str, np.ndarray]) -> _Point | None:
+    """The isocentre of a kV image in the planning CT's frame, None where it says none or no way leads there.
+
+    It lies in the frame that the image names (set-up images carry the planning CT's on any day), else in that of its CT."""
+    frame = thing.frame if thing.frame in to_planning else ct.frame if ct else None
+    if kv.isocentre_mm is None or frame not in to_planning:
+        return None
+    return tuple(float(c) for c in (to_planning[frame] @ (*kv.isocentre_mm, 1))[:3])
+
+
+def _kv_pairs(r: _Reading, cts: list[Item], position: str | None, to_planning: dict[str, np.ndarray],
+              isocentre: _Point | None) -> tuple[dict[str, tuple[_KVPair, ...]], _Point | None]:
+    """(by the digits of a CT, or '' for none, pairs in the order taken; the isocentre). `isocentre`: the plan's.
+
+    Without a plan the first image of a pair decides, those of the planning CT before others; `measured_kvs` compares the rest."""
     groups: dict[tuple[str, str], list] = {}
     for thing in sorted(r.of("kV"), key=lambda t: (t.when, t.series, t.id)):  # a series holds one pair, where times are gone
         ct, why = ct_of_kv(thing, cts)
@@ -220,15 +244,23 @@ def _kv_pairs(r: _Reading, cts: list[Item], position: str | None) -> dict[str, t
             r.say(thing, "refused", said)
         else:
             use = f"{why} CT {ct.id}" if ct else f"{why}: something to make a synthetic CT from"
-            groups.setdefault((ct.id if ct else "", "" if ct else thing.when[0]), []).append((thing, kv, use))
+            place = _isocentre_of(thing, kv, ct, to_planning)
+            groups.setdefault((ct.id if ct else "", "" if ct else thing.when[0]), []).append((thing, kv, use, place))
     found: dict[str, tuple[_KVPair, ...]] = {}
-    for (digits, _), group in groups.items():
-        pairs, single = pair_views([kv for _, kv, _ in group])
-        for i, (thing, kv, use) in enumerate(group):
+    paired, order = [], [ct.id for ct in cts] + [""]
+    for (digits, _), group in sorted(groups.items(), key=lambda g: order.index(g[0][0])):
+        pairs, single = pair_views([kv for _, kv, _, _ in group])
+        for i, (thing, kv, use, place) in enumerate(group):
             view = f"view at {kv.angle_deg:.0f} degrees"
-            r.say(thing, *("ignored", f"{view} without a second one at right angles") if i in single else ("used", f"{view}, {use}"))
+            if i in single:
+                r.say(thing, "ignored", f"{view} without a second one at right angles")
+            else:
+                paired.append((thing, f"{view}, {use}", place))
         found[digits] = found.get(digits, ()) + tuple(pairs)
-    return found
+    isocentre = isocentre or next((place for _, _, place in paired if place), None)
+    for thing, use, _ in paired:
+        r.say(thing, "used", use if isocentre else f"{use}; remark: {_NOWHERE}")
+    return found, isocentre
 
 
 def _trace(r: _Reading, thing: Item) -> xr.DataArray | None:
@@ -236,7 +268,7 @@ def _trace(r: _Reading, thing: Item) -> xr.DataArray | None:
     if path.suffix.lower() == ".csv":  # what a table holds must not come out in an error
         small = path.stat().st_size <= MOST_BYTES
         trace = r.names.attempt(read_recording, path)[0] if small else None
-        r.say(thing, *("refused", "expected columns time_s and amplitude of a breathing trace, got another table") if trace is None
+        r.say(thing, *("refused", "expected columns time_s and amplitude of at most 24 h of breathing, got another table") if trace is None
               else ("used", f"breathing trace of {float(trace.time[-1] - trace.time[0]):.0f} s"))
         return trace
     return r.read(thing, "breathing trace", read_recording, path)
@@ -246,9 +278,11 @@ def read_study(folder: str | Path, *, planning: str | None = None) -> Study:
     """The Study in a folder tree: every CT that can be carried to the planning CT, with masks, kV pairs; plan, dose, traces.
 
     `planning`: eight digits of the planning CT, where the folder does not tell. What cannot be used is a row of `study_table`; nothing
-    names a file or the patient. Raises DicomError where there is no folder, a link leads out of it, or no CT can be the planning CT."""
+    names a file or the patient. Raises DicomError where there is no folder, a part of it cannot be read, a link leads out of it, or no CT
+    can be the planning CT."""
     r = _Reading(folder)
-    registrations = _registrations(r)
+    found = _registrations(r)
+    registrations = [registration for _, registration, _ in found]
     plan_ct, why = choose_planning(r.items, registrations, planning)
     volume, said = r.names.attempt(read_ct, plan_ct.paths)
     if volume is None:
@@ -256,6 +290,7 @@ def read_study(folder: str | Path, *, planning: str | None = None) -> Study:
     damaged = sum(row[1] == "damaged file" for row in r.rows)
     lost = f"{damaged} damaged file(s) in the study: is the first or last slice among them?" if damaged else ""
     r.say(plan_ct, "used", "; remark: ".join(filter(None, (f"planning CT: {why}", said, lost))))
+    _say_registrations(r, found, plan_ct)
     to_planning = frames_to(registrations, plan_ct.frame)
     read = [(plan_ct, volume)]
     for ct in _further_cts(r, plan_ct, to_planning):
@@ -263,17 +298,16 @@ def read_study(folder: str | Path, *, planning: str | None = None) -> Study:
         further = r.read(ct, "further CT, " + ("in the planning CT's frame" if same else "carried by a registration"), read_ct, ct.paths)
         read += [] if further is None else [(ct, further)]
     cts = [ct for ct, _ in read]
-    masks = [_structures(r, ct, cts, v, registrations) for ct, v in read]
+    masks = [_structures(r, ct, cts, v, to_planning) for ct, v in read]
     for s in (s for s in r.of("RTSTRUCT") if not any(row[0] == s.id for row in r.rows)):
         r.say(s, "ignored", "drawn on a CT that is not used")
     plan, dose = _plan_and_dose(r, plan_ct)
     position = (plan.position if plan else "") or r.names.attempt(_position, plan_ct.paths[0])[0]
-    pairs = _kv_pairs(r, cts, position)
+    pairs, isocentre = _kv_pairs(r, cts, position, to_planning, plan.isocentres_mm[0] if plan else None)
     traces = tuple(t for thing in r.of("trace") if (t := _trace(r, thing)) is not None)
-    isocentre = plan.isocentres_mm[0] if plan else next((kv.isocentre_mm for p in pairs.get(plan_ct.id, ()) for kv in p), None)
-    found = tuple(StudyCT(ct.id, _weeks(plan_ct, ct, i), v, m, to_planning.get(ct.frame, np.eye(4)), pairs.get(ct.id, ()))
-                  for i, ((ct, v), m) in enumerate(zip(read, masks)))
-    return Study(found, dose, plan, isocentre, pairs.get("", ()), traces, tuple(r.rows), r.names.files)
+    all_cts = tuple(StudyCT(ct.id, _weeks(plan_ct, ct, i), v, m, to_planning.get(ct.frame, np.eye(4)), pairs.get(ct.id, ()))
+                    for i, ((ct, v), m) in enumerate(zip(read, masks)))
+    return Study(all_cts, dose, plan, isocentre, pairs.get("", ()), traces, tuple(r.rows), r.names.files)
 
 
 def _position(path: Path) -> str:

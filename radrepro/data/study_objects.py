@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import warnings
 from collections.abc import Callable
@@ -12,20 +13,24 @@ from typing import NamedTuple
 
 import numpy as np
 from pydicom import uid
+from pydicom.datadict import tag_for_keyword
 
 from ..core.dicom import element, items, open_dicom
 from ..core.dicom_layout import DicomError, DicomWarning, Layout
 from ..core.dicom_rt import Registration, frame_id
 from ..core.dicom_series import Found, find_series, short_uid
+from .manifests_files import OWN_FILES
 
 # %% auto #0
-__all__ = ['WHAT', 'Item', 'Names', 'Inventory', 'find_items', 'frames_to', 'cts_of', 'choose_planning']
+__all__ = ['WHAT', 'Item', 'Names', 'Inventory', 'find_items', 'believed', 'frames_to', 'cts_of', 'choose_planning', 'ct_of_kv',
+           'structures_of']
 
 # %% ../../nbs/data/17_study_objects.ipynb #0df0a245
 class Item(NamedTuple):
     """One object of a study. `id`: eight digits of its UID. `what`: one of `WHAT`. `frame`: `frame_id`, '' for none.
 
-    `when`: day and time as in the file, to compare and to sort, never to be shown. `study`, `series`, `refers`: eight digits of UIDs."""
+    `when`: day and time as in the file, to compare and to sort, never to be shown. `study`, `series`, `refers`: eight digits of UIDs;
+    of a registration, `refers` holds its frames."""
 
     id: str
     what: str
@@ -64,11 +69,13 @@ def _when(source: Layout, what: str) -> tuple[str, str]:
 
 def _refers(path: Path, what: str) -> tuple[frozenset[str], str]:
     """(what it refers to, its frame) from inside of the sequences."""
-    if what not in (*_REFERS, "RTSTRUCT"):
+    if what not in (*_REFERS, "RTSTRUCT", "REG"):
         return frozenset(), ""
     ds = open_dicom(path)
     some = lambda source, keyword: items(source, keyword, file=path, default=[])
     text = lambda source, keyword: element(source, keyword, str, file=path, default="")
+    if what == "REG":  # the frames that it leads between
+        return frozenset(short_uid(text(r, "FrameOfReferenceUID")) for r in some(ds, "RegistrationSequence")), ""
     if what != "RTSTRUCT":
         return frozenset(short_uid(text(r, "ReferencedSOPInstanceUID")) for r in some(ds, _REFERS[what])), ""
     frames = some(ds, "ReferencedFrameOfReferenceSequence")
@@ -77,6 +84,19 @@ def _refers(path: Path, what: str) -> tuple[frozenset[str], str]:
     named = [text(f, "FrameOfReferenceUID") for f in frames]
     named += [text(r, "ReferencedFrameOfReferenceUID") for r in some(ds, "StructureSetROISequence")]
     return frozenset(map(short_uid, series)), next(filter(None, named), "")
+
+
+def _made_of_others(source: Layout, what: str) -> str:
+    """What radrepro made of the patient's images, where an object is such a thing; '' for any other.
+
+    A built-in patient that `radrepro export` wrote is radrepro's too, but its CTs name no image that they were made from."""
+    if element(source, "Manufacturer", str, None, file=source.path, default=()) != ("radrepro",):
+        return ""
+    made_from = source.elements.get(tag_for_keyword("SourceImageSequence"))
+    if what == "CT" and made_from and made_from.length:
+        return "a synthetic CT or an imagined phase that radrepro wrote"
+    deforms = element(source, "SOPClassUID", str, file=source.path, default="") == uid.DeformableSpatialRegistrationStorage
+    return "the motion of an imagined phase that radrepro wrote" if what == "REG" and deforms else ""
 
 
 def _item(source: Layout, what: str, paths: tuple[Path, ...], images: int) -> Item:
@@ -93,8 +113,10 @@ class Names:
     def __init__(self, paths):
         self.files: dict[str, list[Path]] = {}
         self._by_name: dict[str, list[Path]] = {}
+        self._given: set[tuple[str, str]] = set()
         for path in paths:
             self._by_name.setdefault(path.name, []).append(path)
+        self._longest_first = sorted(self._by_name, key=len, reverse=True)
 
     def digits(self, path: Path) -> str:
         """Eight digits of a file's content."""
@@ -103,14 +125,15 @@ class Names:
                 found = hashlib.sha256(f.read(2**16)).hexdigest()[:8]
         except OSError:
             found = "????????"
-        self.files[found] = self._by_name.get(path.name, [path])
+        if (found, path.name) not in self._given:  # other names may have the same digits: all empty files do
+            self._given.add((found, path.name))
+            self.files.setdefault(found, []).extend(self._by_name.get(path.name, [path]))
         return found
 
     def hide(self, text: str) -> str:
         """`text` with every file's name replaced by 'file' and its digits."""
-        start = text.partition(": ")[0]
-        for name in sorted(self._by_name, key=len, reverse=True):
-            if name in text and (name == start or len(name) > 3):
+        for name in self._longest_first:
+            if name in text and (len(name) > 3 or text.startswith(f"{name}: ")):
                 text = re.sub(rf"(?<![\w.]){re.escape(name)}(?!\w)", f"file {self.digits(self._by_name[name][0])}", text)
         return text
 
@@ -123,6 +146,8 @@ class Names:
                 value, problem = read(*args, **kwargs), ""
             except (ValueError, OSError) as e:  # DicomError is a ValueError
                 value, problem = None, str(e) if isinstance(e, ValueError) else type(e).__name__
+            except MemoryError:
+                value, problem = None, "expected an object that fits into memory, got a larger one: leave it out, or use a larger machine"
         said = [problem] if problem else list(dict.fromkeys(str(w.message) for w in caught))
         return value, self.hide("; ".join(said))
 
@@ -138,20 +163,22 @@ class Inventory(NamedTuple):
 def find_items(folder: str | Path) -> Inventory:
     """Every object in a folder tree, from headers alone.
 
-    Raises DicomError where there is no folder, or a symbolic link leads out of it; neither is named."""
+    Raises DicomError where there is no folder, a part of it cannot be read, or a symbolic link leads out of it; none is named."""
     folder = Path(folder)
     if not folder.is_dir():
         raise DicomError("expected a study folder, got none: check the path")
     try:
         found = find_series(folder)
     except DicomError as e:
-        raise DicomError("study folder: " + str(e).partition(": ")[2]) from None
+        # what comes before names a file; a name may hold anything, also ": "
+        raise DicomError("study folder: expected " + str(e).rpartition(": expected ")[2]) from None
     paths = [s.path for series in found.series for s in series.layouts] + [p for p, _ in found.ignored]
-    paths += [p for p in folder.rglob("*") if p.is_file()] if found.damaged else []
+    paths += [Path(where, name) for where, _, files in os.walk(folder) for name in files] if found.damaged else []
     names = Names(paths)
     rows = [("", "damaged file", 1, "", "refused", names.hide(str(e))) for e in found.damaged]
     things, more = _dicom_items(found, names)
-    others = [p for p, _ in found.ignored if p.suffix.lower() not in (".csv", ".vxp") or not p.is_file()]  # a pipe would wait for ever
+    is_trace = lambda p: p.suffix.lower() in (".csv", ".vxp") and p.name not in OWN_FILES and p.is_file()  # a pipe would wait for ever
+    others = [p for p, _ in found.ignored if not is_trace(p)]
     if others:
         rows.append(("", "other files", len(others), "", "ignored", "no DICOM image or object, no trace (csv, vxp)"))
     for path in (p for p, _ in found.ignored if p not in others):
@@ -160,7 +187,7 @@ def find_items(folder: str | Path) -> Inventory:
 
 
 def _dicom_items(found: Found, names: Names) -> tuple[list[Item], list[tuple]]:
-    things, rows = {}, []
+    things, rows, frames_made = {}, [], set()
     for series in found.series:
         what = "scout view" if series.kind == "localizer" else _KIND.get(series.kind, "")
         digits = short_uid(series.uid)
@@ -175,15 +202,19 @@ def _dicom_items(found: Found, names: Names) -> tuple[list[Item], list[tuple]]:
                 rows.append(("", what, images, "", "refused", why))
             elif thing.id in things:
                 rows.append((thing.id, what, images, thing.frame[:8], "ignored", "there twice: the first one counts"))
+            elif made := names.attempt(_made_of_others, source, what)[0]:
+                rows.append((thing.id, what, images, thing.frame[:8], "ignored", made))
+                frames_made |= {thing.frame[:8]} if what == "CT" else set()
             else:
                 things[thing.id] = thing
+    frames_made -= {t.frame[:8] for t in things.values() if t.what == "CT"} | {""}
+    for thing in [t for t in things.values() if t.what == "REG" and t.refers & frames_made]:
+        rows.append((thing.id, "REG", 1, thing.frame[:8], "ignored", "the registration of a synthetic CT that radrepro wrote"))
+        del things[thing.id]
     return list(things.values()), rows
 
 # %% ../../nbs/data/17_study_objects.ipynb #0ad0db69
-def frames_to(registrations: list[Registration], target: str) -> dict[str, np.ndarray]:
-    """By frame, the 4 x 4 matrix that carries its points (x, y, z in mm) to frame `target`; frames without a way there are absent.
-
-    Neither are those of registrations that contradict others by more than 1 mm at a corner of a box of 300 mm."""
+def _reached(registrations: list[Registration], target: str) -> dict[str, np.ndarray]:
     found, more = {target: np.eye(4)}, True
     while more:
         more = False
@@ -191,6 +222,14 @@ def frames_to(registrations: list[Registration], target: str) -> dict[str, np.nd
             for source, to, matrix in ((r.source, r.target, r.matrix), (r.target, r.source, np.linalg.inv(r.matrix))):
                 if to in found and source not in found:
                     found[source], more = found[to] @ matrix, True
+    return found
+
+
+def believed(registrations: list[Registration], target: str) -> list[Registration]:
+    """Those of `registrations` that touch no frame, `target` apart, about which two contradict each other.
+
+    They do where they differ by more than 1 mm at a corner of a box of 300 mm."""
+    found = _reached(registrations, target)
     corners = np.array([(x, y, z, 1) for x in (-150, 150) for y in (-150, 150) for z in (-150, 150)], float)
     doubtful = set()
     for r in registrations:
@@ -198,7 +237,14 @@ def frames_to(registrations: list[Registration], target: str) -> dict[str, np.nd
             off = (found[r.source] - found[r.target] @ r.matrix) @ corners.T
             if np.linalg.norm(off[:3], axis=0).max() > 1.0:
                 doubtful |= {r.source, r.target} - {target}
-    return {frame: m for frame, m in found.items() if frame not in doubtful}
+    return [r for r in registrations if not {r.source, r.target} & doubtful]
+
+
+def frames_to(registrations: list[Registration], target: str) -> dict[str, np.ndarray]:
+    """By frame, the 4 x 4 matrix that carries its points (x, y, z in mm) to frame `target`, by `believed` registrations alone.
+
+    Frames without a way there are absent."""
+    return _reached(believed(registrations, target), target)
 
 # %% ../../nbs/data/17_study_objects.ipynb #fb2929be
 def cts_of(structures: Item, cts: list[Item]) -> list[Item]:
@@ -231,3 +277,28 @@ def choose_planning(things: list[Item], registrations: list[Registration], wante
             return candidates[0], why
     raise DicomError(f"study folder: expected a plan, structures, registrations or dates that tell the planning CT, got none: {table}: "
                      "name it with planning='<eight digits>'")
+
+# %% ../../nbs/data/17_study_objects.ipynb #3fb70354
+def ct_of_kv(kv: Item, cts: list[Item]) -> tuple[Item | None, str]:
+    """(the CT that a kV image was taken with, why); None where it is of a day without one. `cts`: the planning CT first."""
+    if kv.when[0] and all(c.when[0] for c in cts):
+        same = [c for c in cts if c.when[0] == kv.when[0]]
+        return (same[0], "the day of") if len(same) == 1 else (None, "a day without a CT" if not same else "a day with several CTs")
+    for name, why in (("frame", "the frame of"), ("study", "the DICOM study of")):
+        same = [c for c in cts if getattr(c, name) and getattr(c, name) == getattr(kv, name)]
+        if len(same) == 1:
+            return same[0], why
+    return None, "neither its day, its frame nor its DICOM study is that of one CT"
+
+
+def structures_of(ct: Item, cts: list[Item], sets: list[Item], plans: list[Item]) -> list[Item]:
+    """The structure sets of `ct`, the one to use first. `cts`: the planning CT first.
+
+    Raises DicomError where nothing decides between several."""
+    ids = {c.id for c in cts}
+    mine = [s for s in sets if ct in (cts_of(s, cts) if s.refers & ids else cts_of(s, cts)[:1])]
+    planned = {r for p in plans for r in p.refers}
+    mine.sort(key=lambda s: (s.id in planned, s.when), reverse=True)
+    if len(mine) > 1 and (mine[0].id in planned, mine[0].when) == (mine[1].id in planned, mine[1].when):
+        raise DicomError("expected one structure set, a date, or a plan that names one, got several alike: leave one in the folder")
+    return mine

@@ -74,8 +74,9 @@ def measured_kvs(cts: list[StudyCT], isocentre_mm, voxel_mm: float) -> tuple[lis
                 if own is not None and kv.isocentre_mm is not None:
                     off_mm = min(np.linalg.norm(np.subtract(kv.isocentre_mm, c)) for c in (isocentre_mm, own[:3]))
                     if off_mm > _ISOCENTRE_MM:
-                        raise ValueError(f"CT {ct.id}: expected kV images about the plan's isocentre, got ones about a point "
-                                         f"{off_mm:.0f} mm away: leave them out, or export the plan that they belong to")
+                        raise ValueError(f"CT {ct.id}: expected kV images about the isocentre of the plan, or of the first pair where "
+                                         f"there is none, got ones about a point {off_mm:.0f} mm away: leave them out, or export the "
+                                         "plan that they belong to")
             views, taken = kv_views([_averaged(kv, common.pixel_mm) for kv in pair], pixel_mm=common.pixel_mm, shape_px=common.shape_px)
             geometry = geometry or taken
             apart = np.abs((np.subtract(taken.angles_deg, geometry.angles_deg) + 180) % 360 - 180)
@@ -104,8 +105,9 @@ def clinical_patient(study: Study, number: int, *, voxel_mm: float, seed: int = 
                      device: str = "cpu") -> Patient:
     """The Patient of a Study, kind clinical. Its `source` says how its kV and days came about; names nobody.
 
-    Prescription, fractions and isocentre are the plan's; without one those of Table 1's patient `number` (11 is 1 again), and the phantom's
-    place. `physics`, `seed`: of simulated kV. Raises ValueError for a CT not in HU or without a head, and kV of different kinds."""
+    Prescription, fractions and isocentre are the plan's; without one those of Table 1's patient `number` (11 is 1 again), and the kV
+    pairs' isocentre, or else the phantom's place. `physics`, `seed`: of simulated kV. Raises ValueError for a CT not in HU or without a
+    head, and kV of different kinds or about different points."""
     planning = study.planning
     long_mm = float(planning.ct.z[-1] - planning.ct.z[0])
     if long_mm < _SHORTEST_MM:
@@ -120,6 +122,7 @@ def clinical_patient(study: Study, number: int, *, voxel_mm: float, seed: int = 
     course = table1_prescription(number)
     prescription = (plan.prescription_gy or course[0], plan.fractions) if plan else course
     days, measured = days_of(study)
+    how = "simulated" if not measured else "measured" if study.isocentre_mm else "measured about an isocentre that no file gives"
     said = f"{planning.id}, " + ("plan read" if plan and plan.prescription_gy else "dose of Table 1")
     if not days:
         return patient_of(placed, number, kind="clinical", source=f"{said}, days and kV simulated", voxel_mm=voxel_mm, seed=seed,
@@ -142,7 +145,7 @@ def clinical_patient(study: Study, number: int, *, voxel_mm: float, seed: int = 
                                 carried, (np.eye(4),) * len(pairs), (kv_seed,) * len(pairs), truth))
     planned = placed.on_grid(grid)
     return Patient(number, "clinical", planned.ct, planned.structures, tuple(sessions), geometry, physics,
-                   head_box(planned.structures["body"]), *prescription, f"{said}, kV {'measured' if measured else 'simulated'}")
+                   head_box(planned.structures["body"]), *prescription, f"{said}, kV {how}")
 
 # %% ../../nbs/data/17_study_patient.ipynb #38204c79
 def labels_from(study: Study) -> xr.DataArray | None:

@@ -12,9 +12,10 @@ import xarray as xr
 from scipy import ndimage
 
 SAMPLES_PER_S = 25.0
+LONGEST_S = 24 * 3600.0
 
 # %% auto #0
-__all__ = ['SAMPLES_PER_S', 'SMOOTHING_S', 'trace_of', 'synthetic_trace', 'find_traces', 'read_trace', 'Breathing',
+__all__ = ['SAMPLES_PER_S', 'LONGEST_S', 'SMOOTHING_S', 'trace_of', 'synthetic_trace', 'find_traces', 'read_trace', 'Breathing',
            'amplitude_rate', 'slice_amplitudes']
 
 # %% ../../nbs/data/13_traces.ipynb #dc21cd9e
@@ -22,7 +23,7 @@ def trace_of(time_s, amplitude, *, normalise: bool = True) -> xr.DataArray:
     """A trace (dim `time`, s, even, 25 a second) from samples that may be uneven or repeated in time.
 
     `time_s`, `amplitude`: 1-D, any unit. With `normalise`, the 5th and 95th percentiles become 0 and 1, and the end
-    at which the patient dwells becomes 0 (exhale). Raises ValueError for NaN, fewer than 3 times, or a flat trace."""
+    at which the patient dwells becomes 0 (exhale). Raises ValueError for NaN, fewer than 3 times, more than 24 h, or a flat trace."""
     time_s, amplitude = np.asarray(time_s, float), np.asarray(amplitude, float)
     if time_s.shape != amplitude.shape or time_s.ndim != 1:
         raise ValueError(f"expected two 1-D arrays of one length, got {time_s.shape} and {amplitude.shape}: pair them")
@@ -31,6 +32,8 @@ def trace_of(time_s, amplitude, *, normalise: bool = True) -> xr.DataArray:
     time_s, where = np.unique(time_s, return_inverse=True)  # also sorts; samples at one time are averaged
     if len(time_s) < 3:
         raise ValueError(f"expected at least 3 different times, got {len(time_s)}: the trace is too short")
+    if not float(time_s[-1]) - float(time_s[0]) <= LONGEST_S:  # before anything is made of that length
+        raise ValueError(f"expected a recording of at most {LONGEST_S / 3600:g} h, got a longer one: check that its times are in seconds")
     amplitude = np.bincount(where, amplitude) / np.bincount(where)
     even_s = np.arange(time_s[0], time_s[-1] + 1e-9, 1 / SAMPLES_PER_S)
     per_step = len(time_s) / max(len(even_s), 1)

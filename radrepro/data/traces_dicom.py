@@ -14,7 +14,7 @@ from pydicom.waveforms import multiplex_array
 from ..core.dicom import element, items, open_dicom
 from ..core.dicom_layout import DicomWarning, refusal, remark
 from ..core.dicom_rt import expect_class
-from .traces import read_trace, trace_of
+from .traces import LONGEST_S, read_trace, trace_of
 
 # %% auto #0
 __all__ = ['GAP_S', 'MOST_BYTES', 'checked_trace', 'read_vxp', 'read_waveform', 'read_recording']
@@ -100,7 +100,8 @@ def read_waveform(path: str | Path, *, channel: int | None = None, normalise: bo
     """The trace of a DICOM Respiratory Waveform; in mm with `normalise` off. `channel`: from 0, needed where there are several.
 
     Time counts from the start of the waveform, with its own offset. Raises DicomError for other waveforms (ECG ...), several
-    groups, an unclear channel, damaged samples, or (with `normalise` off) a unit that is no length. Source: DICOM PS3.3, C.10.9."""
+    groups, an unclear channel, more than 24 h, damaged samples, or (with `normalise` off) a unit that is no length.
+    Source: DICOM PS3.3, C.10.9."""
     path = Path(path)
     ds = open_dicom(path)
     expect_class(ds, path, uid.RespiratoryWaveformStorage, uid.MultichannelRespiratoryWaveformStorage)
@@ -113,6 +114,8 @@ def read_waveform(path: str | Path, *, channel: int | None = None, normalise: bo
     rate = get("SamplingFrequency")
     if not rate > 0:
         raise refusal(path, "SamplingFrequency", "a rate above 0 Hz", "zero or less", "export the recording again")
+    if samples > LONGEST_S * rate:
+        raise refusal(path, "SamplingFrequency", f"a recording of at most {LONGEST_S / 3600:g} h", "a longer one", "export it again")
     if channel is None and channels != 1 or channel is not None and not 0 <= channel < channels:
         raise refusal(path, "NumberOfWaveformChannels", "a channel that is named", f"{channels} channels",
                       f"pass channel=0 to {channels - 1}")

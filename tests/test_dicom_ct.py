@@ -1,6 +1,5 @@
 """CT from DICOM: what made-up series, another reader, pydicom's own files, real folders and damaged files make of it."""
 import os
-import time
 import tracemalloc
 import warnings
 from importlib.util import find_spec
@@ -10,11 +9,8 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
 from made_up_dicom import POSITIONS, UID_ROOT, hu_at, write_ct, write_enhanced
 from pydicom.data import get_testdata_file
-from pydicom.tag import Tag
 
 from radrepro.core.dicom import open_dicom, pixel_values
 from radrepro.core.dicom_ct import read_ct

@@ -171,11 +171,16 @@ def same(a, b) -> bool:
     return a is None or a in ("", ()) or len(a) == len(b) and all(map(same, a, b)) if isinstance(a, (tuple, list)) else a in (None, "") or a == b
 
 
+def readers_of(w, put):
+    """By the kind of object its reader, for the files of `write_everything`."""
+    return {"masks": lambda f: read_structures(f, put["ct"], frame=frame_id(w["ct"].frame_uid)), "plan": read_plan, "dose": read_dose,
+            "kv": lambda f: read_kv(f, position="HFS"), "matrix": read_registration, "trace": read_waveform}
+
+
 def test_mutants_of_rt_objects(tmp_path):
     """What a reader returns without a further remark is what was written, or less of it; a changed byte may be another true value."""
     w, put = write_everything(tmp_path)
-    read = {"masks": lambda f: read_structures(f, put["ct"], frame=frame_id(w["ct"].frame_uid)), "plan": read_plan, "dose": read_dose,
-            "kv": lambda f: read_kv(f, position="HFS"), "matrix": read_registration, "trace": read_waveform}
+    read = readers_of(w, put)
     original = {name: remarks(lambda f=f, name=name: f(w[name].files[0])) for name, f in read.items()}  # with its remarks
     counts, longest, wrong = {}, [0.0, ""], []
 
@@ -204,6 +209,28 @@ def test_mutants_of_rt_objects(tmp_path):
     print(f"{sum(counts.values())} mutants: {counts}, longest {longest[0]:.3f} s ({longest[1]})")
     assert not wrong and longest[0] < 5, (wrong, longest)
     assert all(counts.get((name, "refused"), 0) > MUTANTS / 100 and counts.get((name, "read"), 0) for name in read)
+
+
+def test_no_element_can_be_lost_in_silence(tmp_path):
+    """Each element of each RT object left out in turn: refused, remarked, without meaning, or the less that is read says so."""
+    w, put = write_everything(tmp_path)
+    for name, read in readers_of(w, put).items():
+        path = w[name].files[0]
+        whole, (value, usual) = path.read_bytes(), remarks(lambda read=read, path=path: read(path))
+        outcomes = {"read": 0, "refused": 0}
+        for tag in layout(path).elements:
+            ds = pydicom.dcmread(path)
+            del ds[tag]
+            ds.save_as(path)
+            try:
+                found, said = remarks(lambda read=read, path=path: read(path))
+                assert said != usual or same(found, value), f"{name}: {pydicom.datadict.keyword_for_tag(tag)}"
+                outcomes["read"] += 1
+            except DicomError as e:
+                assert "expected" in str(e)
+                outcomes["refused"] += 1
+            path.write_bytes(whole)
+        assert min(outcomes.values()) > 0, (name, outcomes)
 
 
 def test_mutants_in_a_study(tmp_path):

@@ -175,7 +175,11 @@ def read_kv(file: str | Path, *, position: str | None = None) -> KVImage:
     pixels, shape = pixel_values(ds, file=file).astype(np.float32), (get("Rows", 1, int), get("Columns", 1, int))
     if pixels.shape != shape:
         raise refusal(file, "PixelData", "rows x columns of numbers", "something else", "export the image again, not compressed")
-    pixels = pixels * np.float32(get("RescaleSlope", default=1.0)) + np.float32(get("RescaleIntercept", default=0.0))
+    slope, intercept = (get(k, default=None) for k in ("RescaleSlope", "RescaleIntercept"))
+    if (slope is None) != (intercept is None):
+        raise refusal(file, "RescaleSlope", "slope and intercept, or neither", "one of them", "export the image again")
+    if slope is not None:
+        pixels = pixels * np.float32(slope) + np.float32(intercept)
     angle = float(np.rad2deg(np.arctan2(view.source_xyz[0], -view.source_xyz[1]))) % 360
     camera = KVGeometry(1.0, (1, 1), 1000.0, 1.5, (angle,)).camera(angle)[:3, :2]  # columns: u, v in the patient
     flat = {}

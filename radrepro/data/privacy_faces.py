@@ -56,7 +56,7 @@ def blur_face(ct: xr.DataArray, keep: xr.DataArray, *, sigma_mm: float = 8.0, de
 TREATED = 0.5
 _TARGETS = ("ctv", "gtv", "ptv", "itv")
 _SKIN = ("body", "external", "skin", "patient")
-_SAID = "Face blurred outside of what is treated, else pixels as they were"
+_SAID = "Face blurred outside of what is treated, other pixels kept"
 
 
 def _kept(ct: xr.DataArray, frame: str, doses: list[Dose], sets: list[Path]) -> xr.DataArray:

@@ -122,7 +122,7 @@ PRESETS: dict[str, Preset] = {p.name: p for p in (
            KV2CTPreset(4, 10, ViTFit(14, (64,), (64,), 160), ViTFit(18, (64,), (64,), 220), literal_patients=1, test_shifts=3, test_poses=1,
                        virtual_days=10, spot_mm=10.0, plan_iterations=60, every_baseline=False),
            CT5DPreset((56, 64, 64), (5.7, 5.0, 5.6), 16, 2, 10, 8, 130, 1, DiffusionFit(60, 100, rate=2e-3, ddim_steps=10))),
-    Preset("workstation", "90",
+    Preset("workstation", "110",
            KV2CTPreset(4, 10, ViTFit(14, (128,), (128,), 600), ViTFit(18, (64,), (64,), 1200), literal_patients=2),
            CT5DPreset((56, 64, 64), (5.7, 5.0, 5.6), 36, 4, 10, 25, 900, 4, DiffusionFit(400, 600, rate=2e-3, ablation_steps=300), studies=True)),
     Preset("h200", "25 on one H200",

@@ -29,13 +29,12 @@ from radrepro.core.dicom_layout import DicomError, DicomWarning
 from radrepro.core.dicom_rt import frame_id, read_dose, read_plan, read_registration
 from radrepro.core.dicom_structures import read_structures
 from radrepro.core.volume import volume
-from radrepro.data.headneck_masks import structure_name
+from radrepro.data.headneck_masks import BODY_NAMES, structure_name
 from radrepro.data.privacy import deidentify, numbered_files
 from radrepro.data.privacy_faces import blur_face
 from radrepro.data.privacy_names import Pseudonyms, known_name
 from radrepro.data.privacy_profile import ALLOWED
 from radrepro.data.study import read_study
-from radrepro.data.study_patient import BODY_NAMES
 from radrepro.data.thorax import bucket_of
 from radrepro.data.traces import read_trace
 from radrepro.data.traces_dicom import read_waveform

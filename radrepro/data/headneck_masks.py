@@ -24,6 +24,7 @@ NAMES = (
 )
 
 
+BODY_NAMES = ("body", "external", "skin", "patient")  # what clinics call the outline of the patient, in small letters
 _MADE_OF = re.compile(r"prv|ring|opt(?!ic)|avoid|minus|without|overlap|crop|shell|expan|margin|outside|dummy|help|core|surf|spar(e|ing)"
                       r"|(?<![a-z])non|(?<![a-z])([cgip]tv)?(no|not|sub|cut)(?![a-z])|\+\s*\d|\d\s*[cm]m(?![a-z])")
 _TARGET, _ORGAN = re.compile("[cgip]tv"), re.compile("brainstem|oralcavity|mandible|parotid")
@@ -81,4 +82,4 @@ def body_of(ct: xr.DataArray) -> xr.DataArray:
     return like(np.stack([ndimage.binary_fill_holes(s) for s in piece.astype(bool)]), ct, "1")
 
 # %% auto #0
-__all__ = ['NAMES', 'is_derived', 'structure_name', 'best_named', 'read_structures', 'body_of']
+__all__ = ['NAMES', 'BODY_NAMES', 'is_derived', 'structure_name', 'best_named', 'read_structures', 'body_of']

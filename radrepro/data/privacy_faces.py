@@ -19,7 +19,8 @@ from ..core.dicom_rt import Dose, frame_id, read_dose
 from ..core.dicom_series import Series, find_series
 from ..core.dicom_structures import read_structures
 from ..core.volume import AXES, check, like, resample, spacing_mm
-from .headneck_masks import body_of
+from .headneck_masks import BODY_NAMES, body_of
+from .privacy_names import TARGET_WORDS
 
 # %% auto #0
 __all__ = ['TREATED', 'blur_face', 'blur_study']
@@ -54,8 +55,6 @@ def blur_face(ct: xr.DataArray, keep: xr.DataArray, *, sigma_mm: float = 8.0, de
 
 # %% ../../nbs/data/16_privacy_faces.ipynb #d1215c34
 TREATED = 0.5
-_TARGETS = ("ctv", "gtv", "ptv", "itv")
-_SKIN = ("body", "external", "skin", "patient")
 _SAID = "Face blurred outside of what is treated, other pixels kept"
 
 
@@ -69,7 +68,7 @@ def _kept(ct: xr.DataArray, frame: str, doses: list[Dose], sets: list[Path]) -> 
             masks = read_structures(path, ct, frame=frame)
         except DicomError:  # drawn in another frame
             continue
-        for name in (n for n in masks if n.strip().lower().startswith(_TARGETS)):
+        for name in (n for n in masks if n.strip().lower().startswith(tuple(TARGET_WORDS))):
             out |= masks[name].values
     return like(out, ct, "1")
 
@@ -114,7 +113,7 @@ def _without_skin(path: Path) -> None:
     some = lambda keyword: items(ds, keyword, file=path, default=[])
     text = lambda item, keyword: element(item, keyword, str, file=path, default="").strip().lower()
     number = lambda item, keyword: element(item, keyword, int, file=path, default=-1)
-    skin = {number(s, "ROINumber") for s in some("StructureSetROISequence") if text(s, "ROIName") in _SKIN}
+    skin = {number(s, "ROINumber") for s in some("StructureSetROISequence") if text(s, "ROIName") in BODY_NAMES}
     skin |= {number(o, "ReferencedROINumber") for o in some("RTROIObservationsSequence") if text(o, "RTROIInterpretedType") == "external"}
     for contour in (c for c in some("ROIContourSequence") if number(c, "ReferencedROINumber") in skin and "ContourSequence" in c):
         del contour.ContourSequence

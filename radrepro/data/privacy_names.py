@@ -11,12 +11,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
-from .headneck_masks import is_derived, structure_name
+from .headneck_masks import BODY_NAMES, is_derived, structure_name
 from .thorax import bucket_of
 
 # %% auto #0
-__all__ = ['TARGET_WORDS', 'SIDE_WORDS', 'STRUCTURE_WORDS', 'OUTLINE_WORDS', 'new_secret', 'Pseudonyms', 'order_of_times',
-           'known_name']
+__all__ = ['TARGET_WORDS', 'SIDE_WORDS', 'STRUCTURE_WORDS', 'new_secret', 'Pseudonyms', 'order_of_times', 'known_name']
 
 # %% ../../nbs/data/16_privacy_names.ipynb #bc7330fa
 def new_secret() -> str:
@@ -83,7 +82,6 @@ STRUCTURE_WORDS = TARGET_WORDS | frozenset("""
     trachea bronchus bronchi airway bone bones vertebra vertebrae rib ribs sternum clavicula scapula humerus sacrum brainstem brain
     oral cavity mandible parotid parotids body external skin couch liver kidney spleen stomach larynx pharynx chiasm eye cochlea
     submandibular thyroid lips""".split())
-OUTLINE_WORDS = frozenset("body external skin".split())  # alone, each is the outline of the patient
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
 
 
@@ -91,7 +89,7 @@ def _read_alike(name: str, label: str) -> bool:
     """Whether nobody in the library takes `name` for something that `label` is not taken for."""
     spaced = re.sub(r"[\W_]+", "_", label)
     return (structure_name(name) in (None, structure_name(label)) and bucket_of(name) in (0, bucket_of(label), bucket_of(spaced))
-            and (name not in OUTLINE_WORDS or label.strip().lower() == name))
+            and (name not in BODY_NAMES or label.strip().lower() == name))
 
 
 def known_name(label: str) -> str:

@@ -14,20 +14,16 @@ from ..core.dicom_kv import KVImage, kv_views
 from ..core.project import KVGeometry, KVPhysics, kv_geometry, kv_pair
 from ..core.volume import like, move, rigid, whole_hu
 from .headneck import Placed, patient_of, place_ct, table1_prescription
-from .headneck_masks import best_named
+from .headneck_masks import BODY_NAMES, best_named
 from .headneck_session import Patient, Session, head_box, planning_grid
 from .headneck_shapes import AIR_HU
 from .study import Study, StudyCT
 from .thorax import ThoraxPatient, bucket_of, thorax_of
 
 # %% auto #0
-__all__ = ['BODY_NAMES', 'our_structures', 'common_geometry', 'measured_kvs', 'days_of', 'clinical_patient', 'labels_from',
-           'clinical_thorax']
+__all__ = ['our_structures', 'common_geometry', 'measured_kvs', 'days_of', 'clinical_patient', 'labels_from', 'clinical_thorax']
 
 # %% ../../nbs/data/17_study_patient.ipynb #27b3033a
-BODY_NAMES = ("body", "external", "skin", "patient")
-
-
 def our_structures(masks: dict[str, xr.DataArray]) -> dict[str, xr.DataArray]:
     """Masks by our names, the phantom's helmet included; others are left out."""
     plain = {name.strip().lower(): mask for name, mask in masks.items()}

@@ -36,7 +36,7 @@ from radrepro.core.dicom_write_study import write_imagined
 from radrepro.core.volume import VECTOR, move, rigid, volume
 from radrepro.data.cohorts import headneck_cases, thorax_cases
 from radrepro.data.privacy import deidentify
-from radrepro.data.study import read_study, study_table
+from radrepro.data.study import _between, read_study, study_table
 from radrepro.data.study_objects import Names, frames_to
 from radrepro.data.study_patient import clinical_patient, days_of, measured_kvs
 
@@ -454,3 +454,11 @@ def test_real_objects_of_others(data_dir):
     table = study_table(study)
     assert {"CT", "RTSTRUCT", "RTPLAN"} <= set(table.what) and len(study.planning.structures) > 5
     assert short_uid("") == "" and frame_id("") == ""
+
+
+def test_between_two_frames_the_way_leads_through_the_planning_ct():
+    """A point of one frame and what it becomes in the other lie at one place of the planning CT."""
+    to_planning = {"a": rigid((5, -3, 2), (0, 0, 30)), "b": rigid((-4, 7, 1), (20, 0, 0))}
+    found = _between("a", "b", to_planning)
+    np.testing.assert_allclose(to_planning["b"] @ found.matrix, to_planning["a"], atol=1e-12)
+    assert (found.source, found.target) == ("a", "b") and _between("a", "c", to_planning) is None
